@@ -2,13 +2,14 @@
 
 Nothing in this file belongs to one paper. A network takes images in [0, 1], (N, C, H, W), and gives logits.
 
-    python common.py evaluate runs/DIR/model.pt       judge any saved network: PGD, margin loss, transfer, AutoAttack
+    python common.py evaluate runs/DIR/model.pt       judges any saved network: PGD, margin loss, transfer, AutoAttack
     python common.py compare runs/*                   one Markdown table over finished runs of all scripts
 """
 import argparse
 import contextlib
+import functools
 import hashlib
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -28,17 +29,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# What each data set is trained with unless a flag says otherwise. Epochs are ours: digits fits two minutes of
-# two CPU cores, the 32x32 sets ten minutes of one large GPU. `compress_epochs` are those of the paper's own phase.
+# What a data set is trained with unless a flag says otherwise; the keys are flags. The epochs are ours: digits fits
+# two minutes of two CPU cores, the other sets are meant for a GPU. compress_epochs are those of the paper's own phase.
 CIFAR = dict(arch="resnet18", width=16, pretrain_epochs=30, compress_epochs=15, finetune_epochs=15, batch_size=256,
              lr=0.2, epsilon=8 / 255, step_size=2 / 255, num_steps=10, crop=4, flip=True)
+GREY = CIFAR | dict(width=4, crop=0, flip=False)
 RECIPES = {
-    "digits": CIFAR | dict(width=4, pretrain_epochs=14, compress_epochs=8, finetune_epochs=8, batch_size=64, lr=0.1,
-                           epsilon=0.2, step_size=0.05, crop=1, flip=False),
-    "mnist": CIFAR | dict(arch="lenet", width=4, batch_size=128, lr=0.05, epsilon=0.3, step_size=0.01, num_steps=40,
-                          crop=0, flip=False),
-    "cifar10": CIFAR, "cifar100": CIFAR, "svhn": CIFAR | dict(flip=False, lr=0.1), "a folder": CIFAR,
-}
+    "digits": GREY | dict(pretrain_epochs=15, compress_epochs=8, finetune_epochs=8, batch_size=64, lr=0.1,
+                          epsilon=0.2, step_size=0.05),
+    "mnist": GREY | dict(arch="lenet", batch_size=128, lr=0.05, epsilon=0.3, step_size=0.01, num_steps=40),
+    "cifar10": CIFAR, "cifar100": CIFAR, "svhn": CIFAR | dict(lr=0.1, flip=False)}
 
 
 # ---------------------------------------------------------------- faults and flags
@@ -49,31 +49,29 @@ class Fault(RuntimeError):
 
 
 class UsageFault(Fault):
-    """A wrong flag or a contradiction between flags: one line, exit status 2, nothing written."""
+    """A wrong flag, or flags that contradict each other or the data: one line, exit status 2, nothing written."""
     status = 2
 
 
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, whose errors are one line."""
 
-    def __init__(self, doc):
-        super().__init__(description=doc.strip().splitlines()[0], allow_abbrev=False)
+    def __init__(self, description, **more):
+        super().__init__(description=description.strip().splitlines()[0], allow_abbrev=False, **more)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
 def number(low, high, kind=float, hint=""):
-    """An argparse type: a `kind` (float, also as 8/255, or int) in [low, high]."""
+    """An argparse type: a float (8/255 is one too) or int in [low, high]; nan and inf are not."""
     def convert(text):
-        try:
+        with contextlib.suppress(ValueError, ZeroDivisionError, OverflowError):
             value = float(Fraction(text)) if kind is float else int(text)
-        except (ValueError, ZeroDivisionError, OverflowError):
-            value = math.nan
-        if not low <= value <= high:
-            what = "a number" if kind is float else "a whole number"
-            raise argparse.ArgumentTypeError(f"{text} is not {what} from {low} to {high}{hint}")
-        return value
+            if low <= value <= high:
+                return value
+        raise argparse.ArgumentTypeError(f"{text} is not {'a' if kind is float else 'a whole'} number from {low} to "
+                                         f"{high}{hint}")
     return convert
 
 
@@ -84,83 +82,74 @@ def whole(low, high=10**9):
 radius = number(0, 1, hint=" (pixels are in [0, 1]: write 8/255, not 8)")
 
 
-def resolve(parser, argv, script, compress):
-    """Parses the flags, fills what was not given from RECIPES, and checks what flags must not contradict.
+def resolve(parser, argv, compress):
+    """Parses the flags, fills those not given from RECIPES, refuses contradictions, and seeds torch.
 
-    `compress` names the flag that holds the epochs of the paper's own phase."""
+    compress: the name of the flag that holds the epochs of the paper's own phase."""
     args = parser.parse_args(argv)
-    known = args.dataset in RECIPES
-    if not known and (args.dataset == "a folder" or args.epsilon is None or args.step_size is None):
-        parser.error(f"argument --dataset: {args.dataset} is none of {', '.join(list(RECIPES)[:-1])}; a folder of classes "
-                     "of your own needs --epsilon and --step-size")
+    if args.dataset not in RECIPES and args.epsilon is None:
+        parser.error(f"argument --dataset: {args.dataset} is none of {', '.join(RECIPES)}; a folder of classes of your "
+                     "own needs --epsilon")
     if args.pretrained and args.pretrain_epochs:
         parser.error("argument --pretrain-epochs: not with --pretrained, which skips that phase")
-    if args.pretrained and not Path(args.pretrained).is_file():
-        parser.error(f"argument --pretrained: there is no file {args.pretrained}")
     if args.pretrained:
         args.pretrain_epochs = 0
-    for name, value in RECIPES[args.dataset if known else "a folder"].items():
-        name = compress if name == "compress_epochs" else name
-        if getattr(args, name, None) is None:
+    recipe = RECIPES.get(args.dataset) or CIFAR | dict(step_size=args.epsilon / 4)
+    for name, value in (recipe | {compress: recipe["compress_epochs"]}).items():
+        if getattr(args, name, 0) is None:
             setattr(args, name, value)
     args.device = check_device(args.device)
-    if args.eval_images is None:
-        args.eval_images = 1000 if args.device == "cpu" else 0
     args.amp = args.amp == "on" or args.amp == "auto" and bfloat16_is_fast(args.device)
-    args.output = args.output or f"runs/{script}-{args.dataset}-{args.arch}w{args.width}-r{args.ratio:g}-s{args.seed}"
+    name = f"{parser.prog.removesuffix('.py')}-{args.dataset}-{args.arch}w{args.width}-r{args.ratio:g}-s{args.seed}"
+    args.output = args.output or f"runs/{name}"
+    torch.manual_seed(args.seed)
     return args
 
 
 def check_device(name):
-    """'auto', 'cpu', 'cuda' or 'cuda:1' -> the device's name, or a usage fault."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name not in ["cpu"] + ["cuda"] * (count > 0) + [f"cuda:{i}" for i in range(count)]:
-        raise UsageFault(f"argument --device: {name} is not on this machine, which has cpu and {count} CUDA devices")
-    return name
+    """'auto', 'cpu', 'cuda' or 'cuda:1' -> the device's name; UsageFault if it is not there."""
+    there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cuda"] * torch.cuda.is_available()
+    if name != "auto" and name not in there:
+        raise UsageFault(f"argument --device: {name} is not on this machine, which has {', '.join(there)}")
+    return there[-1] if name == "auto" else name
 
 
 def bfloat16_is_fast(device):
-    """Whether the hardware multiplies bfloat16: measured 2 to 3 times float32's speed where it does."""
+    """Whether the hardware multiplies bfloat16; where it does, training is 2 to 3 times as fast as in float32."""
     if device != "cpu":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def autocast(args):
-    """bfloat16 matrix products in training where --amp says so; evaluation is always float32."""
+    """bfloat16 products in training where --amp says so; evaluation is always in float32."""
     return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.amp)
 
 
 def cli(main):
-    """Runs main(); a fault becomes one line and an exit status, a signal stops at once and says how to continue."""
-    def terminated(*_):
-        raise SystemExit(143)
-
-    signal.signal(signal.SIGTERM, terminated)
-    status, message = 0, None
+    """Runs main(); a fault becomes one line and an exit status; a signal stops at once and says how to continue."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    status = message = None
     try:
         main()
     except Fault as fault:
-        status, message = fault.status, str(fault)
-    except BrokenPipeError:                                  # `| head` closed the pipe: no message, no traceback
+        status, message = fault.status, fault
+    except BrokenPipeError:                                          # `| head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except torch.OutOfMemoryError:
-        status, message = 1, "out of memory on the device: try a smaller --batch-size or --width"
+        status, message = 1, "out of memory on the device; a smaller --batch-size or --width needs less"
     except OSError as fault:
-        status, message = 1, str(fault)
+        status, message = 1, fault
     except KeyboardInterrupt:
         status = 130
     except SystemExit as stop:
         status = stop.code
+    if status in (130, 143) and Run.active:
+        command = shlex.join(["python", *(a for a in sys.argv if a != "--resume"), "--resume"])
+        message = f"stopped; the last finished epoch is kept. To continue: {command}"
     if message:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    if status in (130, 143) and Run.active:
-        command = [a for a in sys.argv if a != "--resume"]
-        print(f"stopped; the last finished epoch is kept. Continue with: python {shlex.join(command)} --resume",
-              file=sys.stderr)
     sys.exit(status)
 
 
@@ -171,19 +160,19 @@ TORCHVISION = {"mnist": ("MNIST", "MNIST/raw"), "cifar10": ("CIFAR10", "cifar-10
 
 
 class Data:
-    """A data set on the device: uint8 images (N, C, H, W) and labels (N,), shuffled and augmented there in batches.
+    """A data set on the device: (uint8 images (N, C, H, W), labels (N,)) to train and to test on, and class names.
 
-    train, test: pairs (images, labels); classes: names; crop: pixels of padding for random crops; flip: or not."""
+    A training batch is shuffled, cropped (after zero padding by `crop` pixels) and flipped on the device."""
 
-    def __init__(self, train, test, classes, crop, flip):
+    def __init__(self, train, test, classes, crop=0, flip=False):
         self.train, self.test, self.classes, self.crop, self.flip = train, test, classes, crop, flip
 
     def steps(self, batch_size):
-        """Batches in an epoch. All are full: what a shuffled epoch has left over is left out of that epoch."""
+        """Batches in an epoch. All are full: what a shuffled epoch has left over, that epoch leaves out."""
         return max(1, len(self.train[1]) // batch_size)
 
     def batches(self, batch_size, generator):
-        """Yields (x float (B, C, H, W) in [0, 1], y (B,)) of one epoch, in an order drawn from `generator`."""
+        """Yields (x float (B, C, H, W) in [0, 1], y (B,)), one epoch in an order drawn from `generator`."""
         images, labels = self.train
         order = torch.randperm(len(labels), generator=generator, device=labels.device)
         for index in order[:self.steps(batch_size) * batch_size].split(batch_size):
@@ -191,146 +180,136 @@ class Data:
 
 
 def to_float(images):
-    """uint8 -> float in [0, 1], channels last in memory: the convolutions' fast layout."""
+    """uint8 -> float in [0, 1], channels last in memory, the convolutions' fast layout."""
     return images.float().div(255).contiguous(memory_format=torch.channels_last)
 
 
 def augment(x, crop, flip, generator):
-    """Random crop after zero padding by `crop` pixels and random horizontal flip of x (B, C, H, W), as one gather."""
+    """A random crop and a random horizontal flip of every image of x (B, C, H, W), as one gather."""
     if not crop and not flip:
         return x
-    b, c, h, w = x.shape
-    dy, dx = torch.randint(0, 2 * crop + 1, (2, b, 1), generator=generator, device=x.device)
-    rows, cols = dy + torch.arange(h, device=x.device), dx + torch.arange(w, device=x.device)   # (B, H), (B, W)
+    b, c, h, w = (torch.arange(n, device=x.device) for n in x.shape)
+    dy, dx = torch.randint(0, 2 * crop + 1, (2, len(b), 1), generator=generator, device=x.device)
+    rows, cols = dy + h, dx + w                                                           # (B, H), (B, W)
     if flip:
-        mirrored = torch.rand(b, 1, generator=generator, device=x.device) < 0.5
+        mirrored = torch.rand(len(b), 1, generator=generator, device=x.device) < 0.5
         cols = torch.where(mirrored, cols.flip(1), cols)
-    b, c = torch.arange(b, device=x.device), torch.arange(c, device=x.device)
     return F.pad(x, (crop,) * 4)[b[:, None, None, None], c[:, None, None], rows[:, None, :, None], cols[:, None, None]]
 
 
 def balanced(labels, count):
-    """Indices of `count` images, the first of each class in turn, so that every prefix is balanced too."""
-    labels = np.asarray(labels)
-    rank = np.zeros(len(labels), int)
+    """Indices (count,) of the first images of each class in turn, so that every prefix is balanced too."""
+    rank = np.empty(len(labels), int)
     for label in np.unique(labels):
         rank[labels == label] = np.arange((labels == label).sum())
     return np.lexsort((labels, rank))[:count]
 
 
 def load_data(args):
-    """The data set that the flags name, as Data on args.device. Nothing is substituted silently.
+    """The data set that the flags name, as Data on args.device; nothing is substituted silently.
 
-    Looked for under args.data_dir as torchvision lays it out, then as class folders NAME/{train,test}/<class>/*;
+    It is looked for under args.data_dir as torchvision lays it out, then as class folders NAME/{train,test}/<class>/*;
     a known set that is absent is downloaded by torchvision. digits lies beside this file."""
     name, root = args.dataset, Path(args.data_dir)
     if name == "digits":
         train, test, classes = read_digits()
-    elif name in TORCHVISION and (root / TORCHVISION[name][1]).exists() or not (root / name / "train").is_dir():
-        train, test, classes = read_torchvision(name, root)
-    else:
+    elif (root / name / "train").is_dir() and not (root / TORCHVISION.get(name, (0, "-"))[1]).exists():
         train, test, classes = read_folders(root / name, args.workers)
+    else:
+        train, test, classes = read_torchvision(name, root)
+    default = min(1000, len(test[1])) if args.device == "cpu" else 0
+    wanted = (("--train-images", getattr(args, "train_images", 0)),
+              ("--eval-images", default if args.eval_images is None else args.eval_images))
     pairs = []
-    for (images, labels), count, flag in ((train, getattr(args, "train_images", 0), "--train-images"),
-                                          (test, args.eval_images, "--eval-images")):
-        if count and count != 1000 and not len(classes) <= count <= len(labels):
-            raise UsageFault(f"argument {flag}: {count} is not from {len(classes)} to the {len(labels)} images there are")
-        chosen = balanced(labels, count or None)
-        if not count or count >= len(labels):
-            chosen = np.arange(len(labels))
-        pairs.append((torch.from_numpy(images[chosen] if len(chosen) < len(labels) else images).to(args.device),
-                      torch.from_numpy(labels[chosen].astype(np.int64)).to(args.device)))
+    for (images, labels), (flag, count) in zip((train, test), wanted):
+        if count and not len(classes) <= count <= len(labels):
+            raise UsageFault(f"argument {flag}: {count} is not from {len(classes)} to {len(labels)}, the images there are")
+        if 0 < count < len(labels):
+            chosen = balanced(labels, count)
+            images, labels = images[chosen], labels[chosen]
+        pairs.append((torch.from_numpy(images).to(args.device), torch.from_numpy(labels.astype(np.int64)).to(args.device)))
     recipe = RECIPES.get(name, CIFAR)
     return Data(*pairs, classes, recipe["crop"], recipe["flip"])
 
 
 def read_digits():
     """1,797 real 8x8 digits (UCI, as scikit-learn ships them), grey levels 0 to 16; the last 360 are the test set."""
-    with np.load(Path(__file__).with_name("data") / "digits.npz") as stored:
-        images = np.rint(stored["images"][:, None] * (255 / 16)).astype(np.uint8)
-        labels = stored["labels"]
+    with np.load(Path(__file__).parent / "data" / "digits.npz") as stored:
+        images, labels = np.rint(stored["images"][:, None] * (255 / 16)).astype(np.uint8), stored["labels"]
     return (images[:-360], labels[:-360]), (images[-360:], labels[-360:]), [str(d) for d in range(10)]
 
 
 def read_torchvision(name, root):
-    """A known set through torchvision, downloaded if it is absent."""
+    """A known set as torchvision lays it out, downloaded by torchvision if it is absent."""
     if name not in TORCHVISION:
-        raise UsageFault(f"argument --dataset: there is no folder {root / name / 'train'} with one folder of images a class")
+        raise UsageFault(f"argument --dataset: there is no folder {root / name / 'train'} with a folder of images a class")
     try:                                # RuntimeError, not ImportError, when torch and torchvision do not match
         import torchvision.datasets
         reader = getattr(torchvision.datasets, TORCHVISION[name][0])
-        option = (dict(split="train"), dict(split="test")) if name == "svhn" else (dict(train=True), dict(train=False))
-        train, test = (reader(str(root), download=True, **o) for o in option)
+        options = [dict(split=s) if name == "svhn" else dict(train=s == "train") for s in ("train", "test")]
+        splits = [reader(str(root), download=True, **option) for option in options]
     except (ImportError, RuntimeError, OSError) as fault:
-        raise Fault(f"{name} is neither under {root / TORCHVISION[name][1]} nor under {root / name}/train/<class>/, and "
-                    f"torchvision could not fetch or read it ({str(fault).strip().splitlines()[0]}); put the files there, "
-                    "or use --dataset digits, which needs none") from None
+        raise Fault(f"{name} is neither in {root / TORCHVISION[name][1]} nor in {root / name}/train/<class>/, and torchvision "
+                    f"could not fetch or read it ({str(fault).strip().splitlines()[0]}); put the files there, or use "
+                    "--dataset digits, which needs none") from None
     pairs = []
-    for split in (train, test):
-        images = np.asarray(split.data)
-        if name == "mnist":
-            images = images[:, None]
-        elif name != "svhn":                                             # svhn's are (N, C, H, W) already
-            images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-        pairs.append((images, np.asarray(split.labels if name == "svhn" else split.targets)))
-    return *pairs, getattr(train, "classes", [str(d) for d in range(10)])
+    for split in splits:
+        images, labels = np.asarray(split.data), np.asarray(split.labels if name == "svhn" else split.targets)
+        if name != "svhn":                                           # (N, H, W) or (N, H, W, C) -> (N, C, H, W)
+            images = images[:, None] if name == "mnist" else np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+        pairs.append((images, labels))
+    return *pairs, getattr(splits[0], "classes", [str(d) for d in range(10)])
 
 
 def read_folders(root, workers):
-    """Class folders ROOT/{train,test}/<class>/*, any type that Pillow reads; decoded once, then cached as one npz."""
+    """Class folders ROOT/{train,test}/<class>/*, any type that Pillow reads; decoded once, then cached in one npz."""
     from PIL import Image
     classes = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
-    if len(classes) < 2:
-        raise Fault(f"{root / 'train'} holds {len(classes)} class folders, and two are the least")
-    files, stamp = {}, hashlib.sha1()
-    for split in ("train", "test"):
-        files[split] = []
+    files, stamp = {"train": [], "test": []}, hashlib.sha1()
+    for split, listed in files.items():
+        found = sorted(e.name for e in os.scandir(root / split) if e.is_dir()) if (root / split).is_dir() else []
+        if found != classes or len(classes) < 2:
+            raise Fault(f"{root / split} holds the class folders {found}; wanted are those of {root / 'train'}, two at least")
         for label, name in enumerate(classes):
-            folder = root / split / name
-            found = sorted((e.name, e.stat()) for e in os.scandir(folder) if e.is_file()) if folder.is_dir() else []
-            if not found:
-                raise Fault(f"there are no images of class {name} under {folder}")
-            files[split] += [(str(folder / f), label) for f, _ in found]
-            stamp.update("".join(f"{f} {s.st_size} {s.st_mtime_ns}\n" for f, s in found).encode())
-        extra = [e.name for e in os.scandir(root / split) if e.is_dir() and e.name not in classes]
-        if extra:
-            raise Fault(f"{root / split} holds a class {extra[0]} that {root / 'train'} does not")
-    cache = root.with_name(root.name + "-cache.npz")
-    if cache.is_file():
-        with contextlib.suppress(Exception), np.load(cache) as stored:         # unreadable: decoded again
-            if str(stored["stamp"]) == stamp.hexdigest():
-                return *((stored[f"{s}_x"], stored[f"{s}_y"]) for s in files), classes
+            images = sorted((e.path, e.stat()) for e in os.scandir(root / split / name) if e.is_file())
+            if not images:
+                raise Fault(f"{root / split / name} holds no images")
+            listed += [(path, label) for path, _ in images]
+            stamp.update("".join(f"{path} {s.st_size} {s.st_mtime_ns}\n" for path, s in images).encode())
+    cache = root.with_name(f"{root.name}-cache.npz")
+    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(cache) as stored:
+        if str(stored["stamp"]) == stamp.hexdigest():
+            return *((stored[f"{split}_x"], stored[f"{split}_y"]) for split in files), classes
     with Image.open(files["train"][0][0]) as first:
-        mode, size = "L" if first.mode in ("L", "1") else "RGB", first.size
+        size, mode = first.size, "L" if first.mode in ("L", "1") else "RGB"
 
     def decode(path):
         try:
             with Image.open(path) as image:
-                if image.size != size or image.mode.startswith(("I", "F")) or mode == "L" and image.mode not in ("L", "1"):
-                    raise Fault(f"{path} is {image.size} {image.mode}, and the first image is {size} {mode}: all must be "
-                                "of one size and kind")
-                return np.asarray(image.convert(mode)).reshape(size[1], size[0], -1).transpose(2, 0, 1)
+                if image.size == size and image.mode[0] not in "IF" and (mode == "RGB" or image.mode in ("L", "1")):
+                    return np.asarray(image.convert(mode)).reshape(*size[::-1], -1).transpose(2, 0, 1)
+                raise Fault(f"{path} is {image.size} {image.mode}, the first image {size} {mode}: all must be alike")
         except OSError as fault:
             raise Fault(f"{path} cannot be read as an image ({fault})") from None
 
     arrays = {"stamp": np.array(stamp.hexdigest())}
     with ThreadPoolExecutor(workers) as pool:
         for split, listed in files.items():
-            images = np.empty((len(listed), 1 if mode == "L" else 3, size[1], size[0]), np.uint8)
-            for i, pixels in enumerate(pool.map(decode, [path for path, _ in listed], chunksize=256)):
+            images = np.empty((len(listed), 1 if mode == "L" else 3, *size[::-1]), np.uint8)
+            for i, pixels in enumerate(pool.map(decode, [path for path, _ in listed])):
                 images[i] = pixels
             arrays |= {f"{split}_x": images, f"{split}_y": np.array([label for _, label in listed])}
-    with contextlib.suppress(OSError):                                         # a folder that is read-only
+    with contextlib.suppress(OSError):                               # a folder that is read-only: decoded every time
         temporary = cache.with_name(f"{cache.stem}-{os.getpid()}.tmp.npz")
         np.savez(temporary, **arrays)
         os.replace(temporary, cache)
-    return *((arrays[f"{s}_x"], arrays[f"{s}_y"]) for s in files), classes
+    return *((arrays[f"{split}_x"], arrays[f"{split}_y"]) for split in files), classes
 
 
 # ---------------------------------------------------------------- networks
 
 def conv3x3(c_in, c_out, stride=1, bias=False):
-    return nn.Conv2d(c_in, c_out, 3, stride, 1, bias=bias)
+    return nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=bias)
 
 
 class BasicBlock(nn.Module):
@@ -339,7 +318,7 @@ class BasicBlock(nn.Module):
         self.conv1, self.bn1 = conv3x3(c_in, c_out, stride), nn.BatchNorm2d(c_out)
         self.conv2, self.bn2 = conv3x3(c_out, c_out), nn.BatchNorm2d(c_out)
         self.shortcut = nn.Sequential()
-        if stride != 1 or c_in != c_out:
+        if c_in != c_out:
             self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
     def forward(self, x):
@@ -349,17 +328,14 @@ class BasicBlock(nn.Module):
 
 class ResNet18(nn.Module):
     """ResNet-18 for small images, with the layer names of the common CIFAR implementation."""
-    smallest = 8
 
     def __init__(self, width, channels, classes, size):
         super().__init__()
-        w = 4 * width
-        self.conv1, self.bn1 = conv3x3(channels, w), nn.BatchNorm2d(w)
-        self.layer1 = nn.Sequential(BasicBlock(w, w, 1), BasicBlock(w, w, 1))
-        self.layer2 = nn.Sequential(BasicBlock(w, 2 * w, 2), BasicBlock(2 * w, 2 * w, 1))
-        self.layer3 = nn.Sequential(BasicBlock(2 * w, 4 * w, 2), BasicBlock(4 * w, 4 * w, 1))
-        self.layer4 = nn.Sequential(BasicBlock(4 * w, 8 * w, 2), BasicBlock(8 * w, 8 * w, 1))
-        self.linear = nn.Linear(8 * w, classes)
+        w = [4 * width] + [c * width for c in (4, 8, 16, 32)]
+        self.conv1, self.bn1 = conv3x3(channels, w[0]), nn.BatchNorm2d(w[0])
+        self.layer1, self.layer2, self.layer3, self.layer4 = (
+            nn.Sequential(BasicBlock(w[i], w[i + 1], 2 if i else 1), BasicBlock(w[i + 1], w[i + 1], 1)) for i in range(4))
+        self.linear = nn.Linear(w[4], classes)
 
     def forward(self, x):
         x = F.relu(self.bn1(self.conv1(x)))
@@ -369,17 +345,15 @@ class ResNet18(nn.Module):
 
 class VGG16(nn.Module):
     """VGG-16 with batch norm, convolution biases and one linear layer: the ADMM paper's."""
-    smallest = 32
 
     def __init__(self, width, channels, classes, size):
         super().__init__()
         layers, c_in = [], channels
-        for c in (4, 4, "M", 8, 8, "M", 16, 16, 16, "M", 32, 32, 32, "M", 32, 32, 32, "M"):
-            if c == "M":
-                layers.append(nn.MaxPool2d(2))
-            else:
-                layers += [conv3x3(c_in, c * width, bias=True), nn.BatchNorm2d(c * width), nn.ReLU()]
-                c_in = c * width
+        for stage, count in ((4, 2), (8, 2), (16, 3), (32, 3), (32, 3)):
+            for _ in range(count):
+                layers += [conv3x3(c_in, stage * width, bias=True), nn.BatchNorm2d(stage * width), nn.ReLU()]
+                c_in = stage * width
+            layers.append(nn.MaxPool2d(2))
         self.features, self.classifier = nn.Sequential(*layers), nn.Linear(c_in, classes)
 
     def forward(self, x):
@@ -396,21 +370,20 @@ class WideBlock(nn.Module):
     def forward(self, x):
         h = F.relu(self.bn1(x))
         out = self.conv2(F.relu(self.bn2(self.conv1(h))))
-        return out + (x if self.shortcut is None else self.shortcut(h))
+        return out + (self.shortcut(h) if self.shortcut else x)
 
 
 class WRN28_4(nn.Module):
-    """Wide ResNet 28-4 (pre-activation, without the unused extra block that some public copies carry)."""
-    smallest = 4
+    """Wide ResNet 28-4, pre-activation, without the unused extra block that some public copies carry."""
 
     def __init__(self, width, channels, classes, size):
         super().__init__()
-        w = 4 * width
+        w = [c * width for c in (1, 4, 8, 16)]
         self.conv1 = conv3x3(channels, width)
-        self.block1 = nn.Sequential(WideBlock(width, w, 1), *(WideBlock(w, w, 1) for _ in range(3)))
-        self.block2 = nn.Sequential(WideBlock(w, 2 * w, 2), *(WideBlock(2 * w, 2 * w, 1) for _ in range(3)))
-        self.block3 = nn.Sequential(WideBlock(2 * w, 4 * w, 2), *(WideBlock(4 * w, 4 * w, 1) for _ in range(3)))
-        self.bn1, self.fc = nn.BatchNorm2d(4 * w), nn.Linear(4 * w, classes)
+        self.block1, self.block2, self.block3 = (
+            nn.Sequential(WideBlock(w[i], w[i + 1], 2 if i else 1), *(WideBlock(w[i + 1], w[i + 1], 1) for _ in range(3)))
+            for i in range(3))
+        self.bn1, self.fc = nn.BatchNorm2d(w[3]), nn.Linear(w[3], classes)
 
     def forward(self, x):
         x = F.relu(self.bn1(self.block3(self.block2(self.block1(self.conv1(x))))))
@@ -418,70 +391,64 @@ class WRN28_4(nn.Module):
 
 
 class LeNet(nn.Module):
-    """The ADMM paper's LeNets: the padded one (MNIST) for one channel, the unpadded one (CIFAR) for others."""
-    smallest = 4
+    """The ADMM paper's LeNets: the padded one (MNIST) for one channel, the unpadded one (CIFAR) for more."""
 
     def __init__(self, width, channels, classes, size):
         super().__init__()
-        grey = channels == 1
-        c1, c2, hidden = (2, 4, (64,)) if grey else (6, 16, (120, 84))
-        self.conv1 = nn.Conv2d(channels, c1 * width, 5, padding=2 * grey)
-        self.conv2 = nn.Conv2d(c1 * width, c2 * width, 5, padding=2 * grey)
-        side = [s // 4 if grey else ((s - 4) // 2 - 4) // 2 for s in size]
-        sizes = [c2 * width * side[0] * side[1], *(h * width for h in hidden), classes]
-        for i, (n_in, n_out) in enumerate(zip(sizes, sizes[1:]), 1):
-            setattr(self, f"fc{i}", nn.Linear(n_in, n_out))
-        self.depth = len(hidden)
+        c1, c2, *hidden, pad = (2, 4, 64, 2) if channels == 1 else (6, 16, 120, 84, 0)
+        self.conv1 = nn.Conv2d(channels, c1 * width, 5, padding=pad)
+        self.conv2 = nn.Conv2d(c1 * width, c2 * width, 5, padding=pad)
+        h, w = (((s - 4 + 2 * pad) // 2 - 4 + 2 * pad) // 2 for s in size)
+        n = [c2 * width * h * w, *(units * width for units in hidden), classes]
+        self.fc = nn.ModuleList(nn.Linear(n[i], n[i + 1]) for i in range(len(n) - 1))
 
     def forward(self, x):
         x = F.max_pool2d(F.relu(self.conv1(x)), 2)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2).flatten(1)
-        for i in range(1, self.depth + 1):
-            x = F.relu(getattr(self, f"fc{i}")(x))
-        return getattr(self, f"fc{self.depth + 1}")(x)
+        for layer in self.fc[:-1]:
+            x = F.relu(layer(x))
+        return self.fc[-1](x)
 
 
 NETWORKS = {"resnet18": ResNet18, "vgg16": VGG16, "wrn28_4": WRN28_4, "lenet": LeNet}
 
 
 def build_network(arch, width, channels, classes, size):
-    """A network of NETWORKS for images (channels, *size); width 16 is the standard network. Fault if it is too deep."""
-    if arch not in NETWORKS:
-        raise Fault(f"there is no network {arch}; there are {', '.join(NETWORKS)}")
-    smallest = 16 if arch == "lenet" and channels != 1 else NETWORKS[arch].smallest
-    if min(size) < smallest:
-        raise UsageFault(f"argument --arch: {arch} is too deep for images of {size[0]}x{size[1]}; it needs {smallest}x{smallest}")
-    return NETWORKS[arch](width, channels, classes, tuple(size))
+    """A network of NETWORKS for images (channels, *size); width 16 is the standard one. UsageFault if it is too deep."""
+    least = {"resnet18": 8, "vgg16": 32, "wrn28_4": 4, "lenet": 4 if channels == 1 else 16}[arch]
+    if min(size) < least:
+        raise UsageFault(f"argument --arch: {arch} is too deep for images of {size[0]}x{size[1]}; {least}x{least} is its least")
+    return NETWORKS[arch](width, channels, classes, size)
 
 
 def network_of(args, data):
-    """The arguments of build_network, as they are stored in every saved file."""
+    """The arguments of build_network, which are stored in every saved network."""
     _, channels, *size = data.train[0].shape
     return dict(arch=args.arch, width=args.width, channels=channels, classes=len(data.classes), size=size)
 
 
 def prepare(model, args):
-    """The network on its device, in the fast layout, compiled if --compile says so."""
+    """The network on its device, in the fast memory layout, compiled where --compile says so."""
+    if args.compile and args.device == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise UsageFault("argument --compile: torch.compile needs a C++ compiler, and none is on the PATH")
     model.to(args.device, memory_format=torch.channels_last)
     if args.compile:
-        if args.device == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-            raise UsageFault("argument --compile: torch.compile needs a C++ compiler, and none is on the PATH")
         model.compile()
     return model
 
 
 def sgd(model, lr, epochs, data, args):
-    """SGD with Nesterov momentum, and a learning rate that rises over a fifth of the steps and falls to 0 as a cosine."""
+    """SGD with Nesterov momentum; its learning rate rises over a fifth of the steps to lr and falls to 0 as a cosine."""
     optimizer = torch.optim.SGD(model.parameters(), lr, args.momentum, weight_decay=args.weight_decay,
                                 nesterov=args.momentum > 0, fused=True)
-    steps = max(2, epochs * data.steps(args.batch_size))
+    steps = max(1, epochs * data.steps(args.batch_size))
     return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps + 1, pct_start=0.2, cycle_momentum=False)
 
 
 # ---------------------------------------------------------------- the attack
 
 def margin_loss(logits, y):
-    """Carlini and Wagner's l_inf objective, max of the others minus the true logit, (N,): positive is misclassified."""
+    """Carlini and Wagner's l_inf objective (N,): the largest other logit minus the true one; above 0 is misclassified."""
     true = F.one_hot(y, logits.shape[1]).bool()
     return logits.masked_fill(true, -math.inf).amax(1) - logits[true]
 
@@ -491,10 +458,9 @@ LOSSES = {"ce": lambda logits, y: F.cross_entropy(logits, y, reduction="none"), 
 
 @contextlib.contextmanager
 def frozen(model):
-    """Within it the weights take no gradient; running statistics are put back at its end."""
+    """Within it weights take no gradient (torch.compile would compute it); at its end running statistics are put back."""
     weights = [p for p in model.parameters() if p.requires_grad]
-    training = any(m.training for m in model.modules())
-    buffers = [(b, b.clone()) for b in model.buffers()] if training else []
+    buffers = [(b, b.clone()) for b in model.buffers()] if any(m.training for m in model.modules()) else []
     for p in weights:
         p.requires_grad_(False)
     try:
@@ -502,29 +468,28 @@ def frozen(model):
     finally:
         for p in weights:
             p.requires_grad_(True)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+        for buffer, before in buffers:
+            buffer.copy_(before)
 
 
 def pgd(model, x, y, epsilon, step_size, num_steps, *, loss="ce", random_start=True, start=None, eot=1, generator=None,
         broken_at=None):
     """Projected gradient ascent in the l_inf ball (Madry et al. 2018): x <- clip(x + step_size * sign(grad loss)).
 
-    x (N, C, H, W) in [0, 1], y (N,); epsilon and step_size in units of the pixel range. Returns x_adv, like x, within
-    epsilon of x and within [0, 1]. FGSM is num_steps=1, step_size=epsilon, random_start=False.
-    loss: 'ce', 'margin' or f(logits, y) -> (N,). start: first iterate instead of a random one. eot: gradients averaged
-    over that many forward passes, for random networks. Weights, their .grad, modes and running statistics stay as they
-    are: whether batch norm uses its running statistics is the caller's choice of model.eval().
-    broken_at (N,), int, evaluation only: an image leaves the batch at its first misclassified iterate t, and
-    broken_at becomes t. Raises Fault on a gradient that is not finite."""
+    x (N, C, H, W) in [0, 1], y (N,); epsilon, step_size in units of the pixel range. Returns x_adv, like x, within epsilon
+    of x and within [0, 1]. FGSM is num_steps=1, step_size=epsilon, random_start=False.
+    loss: 'ce', 'margin' or f(logits, y) -> (N,). start: the first iterate, instead of a random one. eot: gradients are
+    averaged over that many passes, for random networks. Weights, their .grad, modes and running statistics stay as they
+    are; whether batch norm uses running statistics is the caller's choice of model.eval().
+    broken_at (N,) int, for evaluation: an image leaves the batch at its first misclassified iterate t, which is written
+    there. Raises Fault on a gradient that is not finite."""
     objective = LOSSES.get(loss, loss)
     lower, upper = (x - epsilon).clamp_(min=0), (x + epsilon).clamp_(max=1)
     if start is None:
-        start = x + epsilon * (2 * torch.rand(x.shape, generator=generator, device=x.device) - 1) if random_start else x
+        noise = torch.rand(x.shape, generator=generator, device=x.device) if random_start else 0.5
+        start = x + epsilon * (2 * noise - 1)
     x_adv = torch.clamp(start, lower, upper)
-    result, live = x_adv, torch.arange(len(x), device=x.device)
-    finite = torch.ones((), dtype=torch.bool, device=x.device)
+    done, live, finite = x_adv.clone(), torch.arange(len(x), device=x.device), True
     with frozen(model), torch.enable_grad():
         for t in range(num_steps):
             x_adv = x_adv.detach().requires_grad_()
@@ -532,30 +497,28 @@ def pgd(model, x, y, epsilon, step_size, num_steps, *, loss="ce", random_start=T
             for _ in range(eot):
                 logits = model(x_adv).float()
                 gradient = gradient + torch.autograd.grad(objective(logits, y).sum(), x_adv)[0]
-            finite &= gradient.isfinite().all()
+            finite = gradient.isfinite().all() & finite
             x_next = torch.clamp(x_adv.detach() + step_size * gradient.sign(), lower, upper)
-            if broken_at is None:
-                x_adv = x_next
-                continue
-            correct = logits.argmax(1) == y
-            broken_at[live[~correct]] = t
-            result = result.clone() if t == 0 else result
-            result[live] = torch.where(correct[:, None, None, None], x_next, x_adv.detach())
-            x_adv, lower, upper, y, live = (v[correct] for v in (x_next, lower, upper, y, live))
+            if broken_at is not None:
+                right = logits.argmax(1) == y
+                done[live[~right]], broken_at[live[~right]] = x_adv.detach()[~right], t
+                x_next, lower, upper, y, live = (v[right] for v in (x_next, lower, upper, y, live))
+            x_adv = x_next
             if not len(live):
                 break
     if not finite:
         raise Fault("the gradient of the attack is not finite: training has diverged (try a lower --lr, or --amp off)")
-    return (x_adv if broken_at is None else result).detach()
+    done[live] = x_adv.detach()
+    return done
 
 
 # ---------------------------------------------------------------- evaluation
 
-def interval(share, n, z=1.959964):
-    """Wilson's 95 % interval of an accuracy, all in per cent."""
-    p = share / 100
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [round(100 * max(0, middle - half) / (1 + z * z / n), 2), round(100 * min(1, (middle + half) / (1 + z * z / n)), 2)]
+def interval(accuracy, n, z=1.959964):
+    """Wilson's 95 % interval [low, high] of an accuracy over n images, all in per cent."""
+    p, spread = accuracy / 100, z * z / n
+    middle, half = p + spread / 2, z * math.sqrt(p * (1 - p) / n + spread / (4 * n))
+    return [round(100 * (middle + s * half) / (1 + spread), 2) for s in (-1, 1)]
 
 
 def per_cent(correct):
@@ -563,11 +526,12 @@ def per_cent(correct):
 
 
 @contextlib.contextmanager
-def judging(model, seed):
-    """Evaluation mode, float32 without TF32, and random numbers of its own: what a judge needs, put back afterwards."""
-    modes = [(m, m.training) for m in model.modules()]
-    device = next(model.parameters()).device
-    model.eval()
+def judging(*models, seed=0):
+    """Eval mode, no gradients, float32 without TF32, random numbers of their own; all put back afterwards."""
+    modes = [(m, m.training) for model in models for m in model.modules()]
+    device = next(models[0].parameters()).device
+    for model in models:
+        model.eval()
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []), \
             torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         torch.manual_seed(seed)
@@ -577,7 +541,7 @@ def judging(model, seed):
 
 
 def logits_of(model, x):
-    """The logits of one batch; Fault if one is not finite, for argmax of NaN is a class too."""
+    """The logits of one batch; Fault if one is not finite, for the argmax of NaN looks like a class."""
     logits = model(x)
     if not logits.isfinite().all():
         raise Fault("the network's logits are not finite: no accuracy can be reported")
@@ -585,173 +549,159 @@ def logits_of(model, x):
 
 
 def is_random(model, x):
-    """Whether two forward passes over the same images differ."""
-    a, b = logits_of(model, x[:64]), logits_of(model, x[:64])
+    """Whether two forward passes over x differ."""
+    a, b = logits_of(model, x), logits_of(model, x)
     return bool((a - b).abs().max() > 1e-4 * a.abs().max())
 
 
-def first_break(model, images, generator, epsilon, step_size, num_steps, restarts=1, loss="ce", random_start=True,
-                batch_size=250):
-    """For each image the first iterate of any restart that is misclassified, (N,) int: -1 the clean image itself,
-    0 the start, num_steps the last; one more than that: none was.
+def first_break(model, images, generator, *, epsilon, step_size, num_steps, restarts=1, loss="ce", random_start=True):
+    """(N,) int, the first misclassified iterate over all restarts: -1 is the clean image, num_steps the last iterate,
+    num_steps + 1 means that none was.
 
-    Every restart begins with all images that are correct when clean, so that what happens at iterate t of restart r
-    depends on nothing that comes after: more steps or restarts can only break more images."""
-    x, y = images
-    never = num_steps + 1
-    result = torch.full_like(y, never)
+    A restart begins with all images that are right when clean, so what happens at iterate t of restart r depends on
+    nothing that comes after it: more steps or restarts can only break more images."""
+    result = torch.full_like(images[1], num_steps + 1)
     for restart in range(restarts):
-        for i in progress(range(0, len(y), batch_size), f"attack {restart + 1}/{restarts}"):
-            xb, yb = to_float(x[i:i + batch_size]), y[i:i + batch_size]
-            start = xb + epsilon * (2 * torch.rand(xb.shape, generator=generator, device=xb.device) - 1)   # for all images
-            broken = torch.where(logits_of(model, xb).argmax(1) == yb, never, -1)
-            live = broken == never
-            xb, yb, start, at = xb[live], yb[live], start[live] if random_start else xb[live], broken[live]
-            if len(yb):
-                x_adv = pgd(model, xb, yb, epsilon, step_size, num_steps, loss=loss, start=start, broken_at=at)
-                at[(at == never) & (logits_of(model, x_adv).argmax(1) != yb)] = num_steps
-                broken[live] = at
-            result[i:i + batch_size] = torch.minimum(result[i:i + batch_size], broken)
+        for x, y, first in progress(batched(*images, result), f"attack {restart + 1}/{restarts}", len(result) // 250 + 1):
+            noise = 2 * torch.rand(x.shape, generator=generator, device=x.device) - 1           # drawn for all images
+            right = logits_of(model, x).argmax(1) == y
+            first[~right] = -1
+            x, y, at = x[right], y[right], torch.full_like(y[right], num_steps + 1)
+            start = x + epsilon * noise[right] if random_start else x
+            x_adv = pgd(model, x, y, epsilon, step_size, num_steps, loss=loss, start=start, broken_at=at)
+            if len(y):
+                at[(logits_of(model, x_adv).argmax(1) != y) & (at > num_steps)] = num_steps
+            first[right] = torch.minimum(first[right], at)
     return result
 
 
+def batched(images, labels, *more, size=250):
+    """Yields (x float, y, ...) in batches; what comes after y are views that may be written to."""
+    for x, *rest in zip(images.split(size), labels.split(size), *(m.split(size) for m in more)):
+        yield to_float(x), *rest
+
+
 def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=1, loss="ce", random_start=True, eot=10, seed=0):
-    """Clean and robust accuracy in per cent over images = (uint8 (N, C, H, W), labels), in float32.
+    """Clean and robust accuracy in per cent over images = (uint8 (N, C, H, W), labels (N,)), in float32.
 
     Robust is an image whose clean form and whose every iterate of every restart are classified correctly. A random
-    network (two passes differ) gets gradients averaged over `eot` passes, the verdict on the last iterate and the mean
-    over 10 draws instead, the worst of the restarts. Returns a dict of accuracies, 95 % intervals, image count and attack settings."""
-    x, y = images
-    attack = dict(norm="l_inf", epsilon=epsilon, step_size=step_size, num_steps=num_steps, restarts=restarts, loss=loss,
-                  random_start=random_start, seed=seed)
-    with judging(model, seed) as generator:
-        if not is_random(model, to_float(x[:64])):
-            broken = first_break(model, images, generator, epsilon, step_size, num_steps, restarts, loss, random_start)
-            clean, robust = broken >= 0, broken > num_steps
+    network gets gradients averaged over `eot` passes, the verdict on the last iterate, the mean over 10 draws and the
+    worst restart instead. Returns a dict: accuracies, 95 % intervals, the number of images, the attack's settings."""
+    attack = dict(epsilon=epsilon, step_size=step_size, num_steps=num_steps, restarts=restarts, loss=loss,
+                  random_start=random_start)
+    with judging(model, seed=seed) as generator:
+        if not is_random(model, to_float(images[0][:64])):
+            first = first_break(model, images, generator, **attack)
+            clean, robust = first >= 0, first > num_steps
         else:
+            def draws(x, y):
+                return torch.stack([logits_of(model, x).argmax(1) == y for _ in range(10)]).double().mean(0)
             attack |= dict(eot=eot, draws=10)
-            clean, robust = [], []
-            for xb, yb in zip(map(to_float, x.split(250)), y.split(250)):
-                def draws(inputs):
-                    return torch.stack([logits_of(model, inputs).argmax(1) == yb for _ in range(10)]).double().mean(0)
-                clean.append(draws(xb))
-                robust.append(torch.stack([draws(pgd(model, xb, yb, epsilon, step_size, num_steps, loss=loss, eot=eot,
-                                                     random_start=random_start, generator=generator))
-                                           for _ in range(restarts)]).amin(0))
-            clean, robust = torch.cat(clean), torch.cat(robust)
-    clean_acc, robust_acc = per_cent(clean), per_cent(robust)
-    return dict(clean_acc=clean_acc, clean_ci=interval(clean_acc, len(y)), robust_acc=robust_acc,
-                robust_ci=interval(robust_acc, len(y)), images=len(y), attack=attack)
+            clean = torch.cat([draws(x, y) for x, y in batched(*images)])
+            robust = torch.stack([torch.cat([draws(pgd(model, x, y, epsilon, step_size, num_steps, loss=loss, eot=eot,
+                                                       random_start=random_start, generator=generator), y)
+                                             for x, y in batched(*images)]) for _ in range(restarts)]).amin(0)
+    n, clean, robust = len(clean), per_cent(clean), per_cent(robust)
+    return dict(clean_acc=clean, clean_ci=interval(clean, n), robust_acc=robust, robust_ci=interval(robust, n), images=n,
+                attack=dict(norm="l_inf", **attack, seed=seed))
 
 
 def sanity_flags(model, images, *, epsilon, step_size, num_steps, seed=0):
-    """Signs that a robust accuracy cannot be trusted (after Carlini et al. 2019 and Athalye et al. 2018), as sentences.
+    """Signs that a robust accuracy cannot be trusted (after Carlini et al. 2019, Athalye et al. 2018), as sentences.
 
-    Judged on at most 250 images; an honest network raises none."""
-    x, y = (t[:250] for t in images)
-    flags, slack = [], max(2, 300 / len(y))                                     # points: 2, or 3 images
-    with judging(model, seed) as generator:
-        batch = to_float(x)
-        logits = logits_of(model, batch)
-        classes = logits.shape[1]
-        if is_random(model, batch):
+    Judged on the first 250 images; an honest network raises none."""
+    images = [t[:250] for t in images]
+    x, y, flags, slack = to_float(images[0]), images[1], [], max(2, 300 / len(images[1]))    # 2 points, or 3 images
+    with judging(model, seed=seed) as generator:
+        def robust(steps, epsilon, step_size, count=None, **more):
+            first = first_break(model, images, generator, epsilon=epsilon, step_size=step_size, num_steps=steps, **more)
+            return per_cent(first > (count or steps)), per_cent(first > steps)
+
+        logits = logits_of(model, x)
+        alone = torch.cat([logits_of(model, image[None]) for image in x[:32]])
+        if is_random(model, x):
             flags.append("random output: two passes over one image differ")
-        else:
-            alone = torch.cat([logits_of(model, image[None]) for image in batch[:32]])
-            if (alone - logits[:32]).abs().max() > 1e-4 * logits.abs().max():
-                flags.append("batch-dependent output: an image's logits change with its neighbours")
-        if logits.min() >= 0 and logits.max() <= 1 and (logits.sum(1) - 1).abs().max() < 1e-4:
+        elif (alone - logits[:32]).abs().max() > 1e-4 * logits.abs().max():
+            flags.append("batch-dependent output: an image's logits change with its neighbours")
+        if logits.min() >= 0 and (logits.sum(1) - 1).abs().max() < 1e-4:
             flags.append("probabilities instead of logits")
         with frozen(model), torch.enable_grad():
-            leaf = batch.clone().requires_grad_()
+            leaf = x.clone().requires_grad_()
             gradient, = torch.autograd.grad(F.cross_entropy(model(leaf), y, reduction="sum"), leaf)
         zero = per_cent(gradient.flatten(1).abs().amax(1) == 0)
         if zero > 10:
             flags.append(f"zero gradients on {zero:.0f} % of the images")
-
-        def robust(*settings, **more):
-            return first_break(model, (x, y), generator, *settings, **more)
-
-        twice = robust(epsilon, step_size, 2 * num_steps)
-        pgd_acc, twice_acc = per_cent(twice > num_steps), per_cent(twice > 2 * num_steps)
-        if pgd_acc - twice_acc > slack:
-            flags.append(f"not converged: twice the steps lower {pgd_acc:.1f} % to {twice_acc:.1f} %")
-        fgsm_acc = per_cent(robust(epsilon, epsilon, 1, random_start=False) > 1)
-        if pgd_acc - fgsm_acc > slack:
-            flags.append(f"FGSM ({fgsm_acc:.1f} %) is stronger than PGD ({pgd_acc:.1f} %)")
-        still = torch.ones_like(y, dtype=torch.bool)
-        for _ in range(20):
-            sign = torch.randint(0, 2, batch.shape, generator=generator, device=batch.device) * 2 - 1
-            still &= logits_of(model, (batch + epsilon * sign).clamp(0, 1)).argmax(1) == y
-        if pgd_acc - per_cent(still) > slack:
-            flags.append(f"random noise ({per_cent(still):.1f} %) is stronger than PGD ({pgd_acc:.1f} %)")
-        wild_acc = per_cent(robust(1.0, 0.1, num_steps) > num_steps)
-        if wild_acc > 100 / classes + 5:
-            flags.append(f"epsilon 1 leaves {wild_acc:.1f} %, more than chance")
+        once, twice = robust(2 * num_steps, epsilon, step_size, num_steps)
+        if once - twice > slack:
+            flags.append(f"not converged: twice the steps lower {once:.1f} % to {twice:.1f} %")
+        fgsm, _ = robust(1, epsilon, epsilon, random_start=False)
+        if once - fgsm > slack:
+            flags.append(f"FGSM ({fgsm:.1f} %) is stronger than PGD ({once:.1f} %)")
+        signs = (torch.randint(0, 2, x.shape, generator=generator, device=x.device) * 2 - 1 for _ in range(20))
+        noise = per_cent(torch.stack([logits_of(model, (x + epsilon * s).clamp(0, 1)).argmax(1) == y for s in signs]).all(0))
+        if once - noise > slack:
+            flags.append(f"random noise ({noise:.1f} %) is stronger than PGD ({once:.1f} %)")
+        wild, _ = robust(num_steps, 1.0, 0.1)
+        if wild > 100 / logits.shape[1] + 5:
+            flags.append(f"epsilon 1 leaves {wild:.1f} %, more than chance")
     return flags
 
 
 def transfer(model, source, images, *, epsilon, step_size, num_steps, seed=0):
-    """Accuracy in per cent under PGD examples made on another network, `source` (black box)."""
-    correct = []
-    with judging(source, seed) as generator, judging(model, seed):
-        for xb, yb in zip(map(to_float, images[0].split(250)), images[1].split(250)):
-            x_adv = pgd(source, xb, yb, epsilon, step_size, num_steps, generator=generator)
-            correct.append(logits_of(model, x_adv).argmax(1) == yb)
-    return per_cent(torch.cat(correct))
+    """Accuracy in per cent under PGD examples made on another network, `source`."""
+    with judging(source, model, seed=seed) as generator:
+        return per_cent(torch.cat([
+            logits_of(model, pgd(source, x, y, epsilon, step_size, num_steps, generator=generator)).argmax(1) == y
+            for x, y in batched(*images)]))
 
 
 def autoattack(model, images, *, epsilon, seed=0):
-    """Accuracy in per cent under AutoAttack (Croce and Hein 2020) from the optional package pyautoattack."""
+    """Accuracy in per cent under AutoAttack (Croce and Hein 2020), from the optional package pyautoattack, and its version."""
     from pyautoattack import AutoAttack
-    with judging(model, seed):
-        x = to_float(images[0])
-        version = "rand" if is_random(model, x) else "standard"
+    with judging(model, seed=seed):
+        x, y = to_float(images[0]), images[1]
+        version = "rand" if is_random(model, x[:64]) else "standard"
         judge = AutoAttack(model, eps=epsilon, norm="Linf", version=version, seed=seed, device=x.device)
         with torch.enable_grad():
-            x_adv = judge.run_standard_evaluation(x, images[1], batch_size=250)
-        x_adv = x_adv[0] if isinstance(x_adv, tuple) else x_adv
-        return per_cent(torch.cat([logits_of(model, a).argmax(1) for a in x_adv.split(250)]) == images[1]), version
+            x_adv = judge.run_standard_evaluation(x, y, batch_size=250)[0]
+        return per_cent(torch.cat([logits_of(model, part).argmax(1) for part in x_adv.split(250)]) == y), version
 
 
 # ---------------------------------------------------------------- counting
 
 def count_macs(model, network):
-    """Multiply-accumulates of convolutions and linear layers for one image."""
-    total = 0
-
+    """Multiply-accumulates of all convolutions and linear layers for one image."""
     def add(module, _, out):
-        nonlocal total
-        per_output = module.in_features if isinstance(module, nn.Linear) else module.weight[0].numel()
-        total += out.numel() * per_output
+        counts.append(out.numel() * (module.in_features if isinstance(module, nn.Linear) else module.weight[0].numel()))
 
-    hooks = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    with judging(model, 0):
+    counts, layers = [], [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    hooks = [layer.register_forward_hook(add) for layer in layers]
+    with judging(model):
         model(torch.zeros(1, network["channels"], *network["size"], device=next(model.parameters()).device))
     for hook in hooks:
         hook.remove()
-    return total
+    return sum(counts)
 
 
+@torch.no_grad()
 def latency(models, network, batch_size, device):
     """Median milliseconds of a forward pass of each model, float32 and channels last, measured in turn in one loop."""
     x = to_float(torch.zeros(batch_size, network["channels"], *network["size"], dtype=torch.uint8, device=device))
     times, begin = [[] for _ in models], time.perf_counter()
-    with torch.no_grad():
-        while len(times[0]) < 5 or time.perf_counter() - begin < 1.0:
-            for model, measured in zip(models, times):
-                t = time.perf_counter()
-                model(x)
-                if device != "cpu":
-                    torch.cuda.synchronize()
-                measured.append(1000 * (time.perf_counter() - t))
-    return [round(statistics.median(t[1:]), 3) for t in times]
+    while len(times[0]) < 6 or time.perf_counter() - begin < 1:
+        for model, measured in zip(models, times):
+            before = time.perf_counter()
+            model(x)
+            if device != "cpu":
+                torch.cuda.synchronize()
+            measured.append(1000 * (time.perf_counter() - before))
+    return [round(statistics.median(t[1:]), 3) for t in times]                                   # the first one warms up
 
 
 # ---------------------------------------------------------------- files
 
 def save_file(path, content):
-    """Writes a dict of plain values and tensors so that the file is either whole or as it was before."""
+    """Writes a dict of plain values and tensors: afterwards the file is whole, or what it was before."""
     path, temporary = Path(path), Path(f"{path}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -766,62 +716,59 @@ def save_file(path, content):
         temporary.unlink(missing_ok=True)
 
 
-def read_file(path, keys):
-    """Reads what save_file wrote; Fault unless it is whole, free of code, and holds `keys` and finite tensors."""
-    path = Path(path)
-    try:                                               # torch.load checks no checksum, zipfile does
+def read_file(path, *keys):
+    """What save_file wrote; Fault unless the file is whole, free of code, and holds `keys`."""
+    try:                                                             # torch.load checks no checksum; zipfile does
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        content = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        if content["format"] == 1 and all(key in content for key in keys):
+            return content
+        raise KeyError
     except FileNotFoundError:
         raise Fault(f"there is no file {path}") from None
     except Exception as fault:
-        raise Fault(f"{path} is not a readable file of these scripts ({type(fault).__name__})") from None
-    if damaged or not isinstance(content, dict) or content.get("format") != 1 or not keys <= content.keys():
-        raise Fault(f"{path} is damaged" if damaged else f"{path} is not a file of these scripts (wanted {', '.join(sorted(keys))})")
-    return content
+        raise Fault(f"{path} is damaged or not a file of these scripts ({type(fault).__name__})") from None
 
 
 def save_model(path, script, network, model, args, **more):
-    """Writes a network as a file that load_model reads on any machine: arguments of the architecture and weights.
-
-    `script` names the file beside common.py whose build(artifact) makes the network again."""
+    """Writes a network as a file that load_model reads on any machine; script.build(artifact) makes it again."""
     state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     judged = {k: getattr(args, k) for k in ("dataset", "epsilon", "step_size", "eval_steps", "restarts")}
     save_file(path, dict(format=1, script=script, network=network, state=state, judged=judged, **more))
 
 
 def read_model(path):
-    """The artifact in a file that save_model wrote, and its network in eval mode."""
-    artifact = read_file(path, {"script", "network", "state", "judged"})
-    script = artifact["script"]
-    if not str(script).isidentifier() or not Path(__file__).with_name(f"{script}.py").is_file():
-        raise Fault(f"{path} was made by a script {script!r} that is not beside common.py")
-    if not all(t.isfinite().all() for t in artifact["state"].values() if torch.is_tensor(t)):
+    """The artifact in a file that save_model wrote, and its network, a plain nn.Module in eval mode on the CPU."""
+    artifact = read_file(path, "script", "network", "state", "judged")
+    script, folder = str(artifact["script"]), Path(__file__).resolve().parent
+    if not script.isidentifier() or not (folder / f"{script}.py").is_file():
+        raise Fault(f"{path} was made by a script named {script}, which is not beside common.py")
+    if not all(t.isfinite().all() for t in artifact["state"].values()):
         raise Fault(f"{path} holds weights that are not finite")
+    sys.path.insert(0, str(folder))                                  # common.py may be imported from elsewhere
     try:
-        if str(Path(__file__).parent) not in sys.path:
-            sys.path.insert(0, str(Path(__file__).parent))
-        model = importlib.import_module(script).build(artifact)
+        return artifact, importlib.import_module(script).build(artifact).eval()
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as fault:
         raise Fault(f"{path} does not fit the network it names ({str(fault).splitlines()[0]})") from None
-    return artifact, model.eval()
+    finally:
+        sys.path.remove(str(folder))
 
 
 def load_model(path):
-    """The network in a saved file (model.pt, dense.pt) as a plain nn.Module in eval mode, on the CPU."""
+    """The network in a model.pt or dense.pt: a plain nn.Module in eval mode on the CPU, images in [0, 1] to logits."""
     return read_model(path)[1]
 
 
 def build(artifact):
-    """The dense network of a dense.pt."""
+    """The network of a dense.pt."""
     model = build_network(**artifact["network"])
     model.load_state_dict(artifact["state"])
     return model
 
 
 def load_pretrained(model, path, network):
-    """Loads a dense.pt into `model`; UsageFault if it holds another architecture."""
+    """Loads a dense.pt into `model`; UsageFault unless it holds that architecture."""
     artifact = read_model(path)[0]
     if artifact["script"] != "common" or artifact["network"] != network:
         raise UsageFault(f"argument --pretrained: {path} holds {artifact['network']} of {artifact['script']}.py, not {network}")
@@ -830,297 +777,254 @@ def load_pretrained(model, path, network):
 
 # ---------------------------------------------------------------- the run
 
-def progress(items, label):
-    """Iterates over `items`, with a line of progress and time to go on a terminal only."""
-    if not sys.stderr.isatty():
-        yield from items
-        return
-    begin, items = time.time(), list(items) if isinstance(items, range) else items
-    total = items.total if hasattr(items, "total") else len(items)
+def progress(items, label, total):
+    """Iterates over items; on a terminal, and only there, with a line of progress and the time to go."""
+    begin, terminal = time.time(), sys.stderr.isatty()
     for i, item in enumerate(items):
-        rest = (time.time() - begin) / i * (total - i) if i else 0
-        print(f"\r{label} {i + 1}/{total} ETA {rest:.0f} s ", end="", file=sys.stderr, flush=True)
+        if terminal:
+            rest = f" {(time.time() - begin) / i * (total - i):.0f} s to go" if i else ""
+            print(f"\r{label}: {i + 1}/{total}{rest}\033[K", end="", file=sys.stderr, flush=True)
         yield item
-    print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
-def plain(args):
-    """The flags as stored and compared: all but those that say where and how a run continues."""
-    return {k: v for k, v in vars(args).items() if k not in ("output", "resume", "data_dir", "workers", "device")}
+    if terminal:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 class Run:
     """One run's output folder: its log, its checkpoint and its result.
 
-    epochs() is the only loop a script needs: it yields the epochs that are still to do and saves after each. last.pt
-    holds the phase, the epoch, the state of everything named there, the random states, and what once() computed."""
+    Besides once(), epochs() is all that a script needs to be resumable: it yields the epochs still to do and saves after
+    each. last.pt holds phase, epoch, the state of the objects named there, random states, and what once() computed."""
     active = False
 
     def __init__(self, args, data, script, argv):
-        self.args, self.data, self.script, self.folder = args, data, script, Path(args.output)
-        self.command = shlex.join(["python", f"{script}.py", *[a for a in argv if a != "--resume"]])
-        self.result, self.restored, self.memo, self.seconds, self.phase = None, None, {}, {}, None
-        done, last, log = self.folder / "result.json", self.folder / "last.pt", self.folder / "log.jsonl"
-        if done.is_file() or last.is_file():
-            checkpoint = None if done.is_file() else read_file(last, {"args", "phase", "epoch", "states", "memo", "random"})
-            result = json.loads(done.read_text()) if done.is_file() else None
-            before = result["args"] if result else checkpoint["args"]
-            if json.dumps(before, sort_keys=True) != json.dumps(plain(args), sort_keys=True):
-                changed = [k for k in plain(args) if before.get(k) != plain(args)[k]] or ["script"]
-                raise UsageFault(f"argument --output: {self.folder} holds a different run (it differs in "
-                                 f"{', '.join(changed)}); name another folder")
-            if not args.resume:
-                raise UsageFault(f"argument --output: {self.folder} holds this run, "
-                                 + ("finished; --resume prints its result" if result else "unfinished; --resume continues it"))
-            if result:
-                self.result = result
-                print(json.dumps(result, indent=1))
-                return
-            self.restored, self.memo, self.seconds = checkpoint, checkpoint["memo"], checkpoint["seconds"]
+        self.args, self.data, self.script, self.folder = args, data, Path(script).stem, Path(args.output)
+        self.command = shlex.join(["python", f"{self.script}.py", *(a for a in argv if a != "--resume")])
+        self.flags = {k: v for k, v in vars(args).items() if k not in ("output", "resume", "data_dir", "workers", "device")}
+        self.result, self.saved, self.memo, self.seconds, self.phase = None, None, {}, {}, None
+        finished, last = self.folder / "result.json", self.folder / "last.pt"
+        if finished.is_file():
+            self.result = json.loads(finished.read_text())
+            self.check(self.result, "finished; --resume prints its result")
+            print(json.dumps(self.result, indent=1))
+            return
+        if last.is_file():
+            self.saved = read_file(last, "script", "args", "phase", "epoch", "states", "memo", "seconds", "random", "log_size")
+            self.check(self.saved, "not finished; --resume continues it")
+            self.memo, self.seconds = self.saved["memo"], self.saved["seconds"]
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(log, "a+")
-        with contextlib.suppress(ImportError):                                   # no fcntl on Windows: no lock
+        self.file = open(self.folder / "log.jsonl", "a")
+        with contextlib.suppress(ImportError):                       # no fcntl, no lock, on Windows
             import fcntl
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise UsageFault(f"argument --output: another process is running in {self.folder}") from None
-        self.file.truncate(self.restored["log_size"] if self.restored else 0)
-        torch.manual_seed(args.seed)
+        self.file.truncate(self.saved["log_size"] if self.saved else 0)
         self.generator = torch.Generator(args.device).manual_seed(args.seed)
         Run.active = True
-        if self.restored:
-            print(f"continuing {self.folder} in phase {self.restored['phase']} after epoch {self.restored['epoch']}", flush=True)
+        if self.saved:
+            print(f"continuing {self.folder} after epoch {self.saved['epoch']} of {self.saved['phase']}", flush=True)
         else:
-            if args.resume:
-                print(f"nothing to continue in {self.folder}: starting", flush=True)
-            self.log(script=script, **vars(args))
+            print(f"nothing to continue in {self.folder}, so this begins\n" * args.resume, end="")
+            self.log(script=self.script, **vars(args))
+
+    def check(self, before, state):
+        """UsageFault unless the folder holds this very run and --resume was given."""
+        changed = [k for k, v in self.flags.items() if before["args"].get(k) != v] + ["script"] * (before["script"] != self.script)
+        if changed:
+            raise UsageFault(f"argument --output: {self.folder} holds a different run (in {', '.join(changed)})")
+        if not self.args.resume:
+            raise UsageFault(f"argument --output: {self.folder} holds this run, {state}")
 
     def log(self, **fields):
-        """One line on stdout, key:value, and the same as JSON in log.jsonl."""
-        if self.phase:
-            fields = {"phase": self.phase, **fields}
-        shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in fields.items() if not isinstance(v, dict)}
-        print(" ".join(f"{k}:{v}" for k, v in shown.items()), flush=True)
+        """One line of key:value on stdout, and the same as JSON in log.jsonl."""
+        fields = {"phase": self.phase, **fields} if self.phase else fields
+        print(*(f"{k}:{v:.5g}" if isinstance(v, float) else f"{k}:{v}" for k, v in fields.items()), flush=True)
         self.file.write(json.dumps(fields) + "\n")
         self.file.flush()
 
     def once(self, name, compute):
-        """compute()'s value (plain data), computed once in the life of a run and stored with every checkpoint."""
+        """The value of compute(), plain data: computed once in the life of a run and kept in its checkpoints."""
         if name not in self.memo:
             self.memo[name] = compute()
         return self.memo[name]
 
-    def skips(self, phase):
-        """Whether the run, when it was stopped, had already begun this phase: what prepares it need not be done again."""
-        return bool(self.restored) and self.restored["phase"] == phase
+    def begun(self, phase):
+        """Whether this continues a run that was stopped in `phase`, whose preparation is therefore in the checkpoint."""
+        return self.saved is not None and self.saved["phase"] == phase
 
     def epochs(self, phase, count, **stateful):
-        """Yields the epochs 0 .. count-1 of a phase that are still to do; `stateful` objects are saved and restored."""
+        """Yields those of a phase's epochs 0 .. count-1 that are still to do; saves after each what is `stateful`."""
         first = 0
-        if self.restored and self.restored["phase"] != phase:
-            return                                                               # the run is past this phase
+        if self.saved and not self.begun(phase):                     # the run was stopped in a later phase
+            return
         self.phase = phase
-        if self.restored:
+        if self.saved:
             try:
                 for name, thing in stateful.items():
-                    thing.load_state_dict(self.restored["states"][name])
+                    thing.load_state_dict(self.saved["states"][name])
             except (KeyError, ValueError, RuntimeError) as fault:
                 raise Fault(f"{self.folder / 'last.pt'} does not fit this run ({str(fault).splitlines()[0]})") from None
-            self.generator.set_state(self.restored["random"]["batches"])
-            torch.set_rng_state(self.restored["random"]["cpu"])
+            self.generator.set_state(self.saved["random"]["batches"])
+            torch.set_rng_state(self.saved["random"]["cpu"])
             if self.args.device != "cpu":
-                torch.cuda.set_rng_state(self.restored["random"]["cuda"])
-            first, self.restored = self.restored["epoch"], None
+                torch.cuda.set_rng_state(self.saved["random"]["cuda"])
+            first, self.saved = self.saved["epoch"], None
         else:
             self.save(0, stateful)
-        begin, before = time.time(), self.seconds.get(phase, 0)
         for epoch in range(first, count):
-            self.epoch = epoch + 1, count
+            begin, self.label = time.time(), f"{phase} {epoch + 1}/{count}"
             yield epoch
-            self.seconds[phase] = round(before + time.time() - begin, 2)
+            self.seconds[phase] = self.seconds.get(phase, 0) + time.time() - begin
             self.save(epoch + 1, stateful)
         self.phase = None
 
     def save(self, epoch, stateful):
         cuda = torch.cuda.get_rng_state() if self.args.device != "cpu" else None
         save_file(self.folder / "last.pt", dict(
-            format=1, script=self.script, args=plain(self.args), phase=self.phase, epoch=epoch, memo=self.memo,
+            format=1, script=self.script, args=self.flags, phase=self.phase, epoch=epoch, memo=self.memo,
             states={name: thing.state_dict() for name, thing in stateful.items()}, seconds=self.seconds,
             random=dict(batches=self.generator.get_state(), cpu=torch.get_rng_state(), cuda=cuda),
             log_size=self.file.tell()))
 
     def batches(self):
-        """The batches of one epoch, with progress on a terminal."""
-        source = Sized(self.data.batches(self.args.batch_size, self.generator), self.data.steps(self.args.batch_size))
-        return progress(source, f"{self.phase} {self.epoch[0]}/{self.epoch[1]}")
+        """The training batches of one epoch."""
+        size = self.args.batch_size
+        return progress(self.data.batches(size, self.generator), self.label, self.data.steps(size))
 
     def finish(self, **more):
-        """Reads dense.pt and model.pt back, judges both, writes result.json and returns what is in it."""
-        self.phase, args, device = "final", self.args, self.args.device
-        begin = time.time()
+        """Reads dense.pt and model.pt back from disk, judges both, writes result.json and returns what is in it."""
+        self.phase, args, device, begin = "final", self.args, self.args.device, time.time()
         attack = dict(epsilon=args.epsilon, step_size=args.step_size, num_steps=args.eval_steps, seed=args.seed)
         files = [self.folder / "dense.pt", self.folder / "model.pt"]
-        artifact = read_file(files[1], {"network"})
-        models = [load_model(file).to(device, memory_format=torch.channels_last) for file in files]
-        dense, compact = (evaluate(m, self.data.test, restarts=args.restarts, **attack) for m in models)
-        flags = sanity_flags(models[1], self.data.test, **attack)
+        (artifact, dense), (_, compact) = map(read_model, files)
+        network, models = artifact["network"], [m.to(device, memory_format=torch.channels_last) for m in (dense, compact)]
+        judged = [evaluate(m, self.data.test, restarts=args.restarts, **attack) for m in models]
+        flags = sanity_flags(compact, self.data.test, **attack)
+        size, macs = [file.stat().st_size for file in files], [count_macs(m, network) for m in models]
         parameters = [sum(p.numel() for p in m.parameters()) for m in models]
-        macs = [count_macs(m, artifact["network"]) for m in models]
-        size = [file.stat().st_size for file in files]
-        self.seconds["final"] = round(time.time() - begin, 2)
-        versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
-        name = torch.cuda.get_device_name() if device != "cpu" else "cpu"
+        self.seconds = {k: round(v, 1) for k, v in (self.seconds | {"final": time.time() - begin}).items()}
         self.result = dict(
-            script=self.script, command=self.command, folder=str(self.folder), args=plain(args), versions=versions,
-            device=name, threads=torch.get_num_threads(), train_images=len(self.data.train[1]), **compact, flags=flags,
-            dense=dense, parameters=parameters[1], dense_parameters=parameters[0],
-            nonzeros=sum(int(p.count_nonzero()) for p in models[1].parameters()), macs=macs[1], dense_macs=macs[0],
-            bytes=size[1], dense_bytes=size[0], params_ratio=round(parameters[0] / parameters[1], 3),
-            bytes_ratio=round(size[0] / size[1], 3), macs_ratio=round(macs[0] / macs[1], 3),
-            latency_ms={f"batch_{b}": dict(zip(("dense", "compact"), latency(models, artifact["network"], b, device)))
-                        for b in (1, 128)}, seconds=self.seconds, **more)
-        if device != "cpu":
-            self.result["gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
-        result = self.result
-        self.log(clean_acc=compact["clean_acc"], robust_acc=compact["robust_acc"], dense_clean_acc=dense["clean_acc"],
-                 dense_robust_acc=dense["robust_acc"], images=compact["images"], params_ratio=result["params_ratio"],
-                 bytes=size[1], dense_bytes=size[0], bytes_ratio=result["bytes_ratio"], macs_ratio=result["macs_ratio"],
-                 flags="; ".join(flags) or "none", seconds=sum(self.seconds.values()))
+            script=self.script, command=self.command, args=self.flags,
+            versions=dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__),
+            device="cpu" if device == "cpu" else torch.cuda.get_device_name(), threads=torch.get_num_threads(),
+            seconds=self.seconds, train_images=len(self.data.train[1]), **judged[1], flags=flags, dense=judged[0],
+            params_ratio=round(parameters[0] / parameters[1], 3), parameters=parameters[1], dense_parameters=parameters[0],
+            nonzeros=sum(int(p.count_nonzero()) for p in compact.parameters()),
+            bytes_ratio=round(size[0] / size[1], 3), bytes=size[1], dense_bytes=size[0],
+            macs_ratio=round(macs[0] / macs[1], 3), macs=macs[1], dense_macs=macs[0],
+            latency_ms={f"batch_{b}": dict(zip(("dense", "compact"), latency(models, network, b, device))) for b in (1, 128)},
+            gpu_memory_bytes=None if device == "cpu" else torch.cuda.max_memory_allocated(), **more)
+        shown = ("clean_acc", "robust_acc", "images", "params_ratio", "bytes_ratio", "bytes", "dense_bytes", "macs_ratio")
+        self.log(**{k: self.result[k] for k in shown}, dense_clean_acc=judged[0]["clean_acc"],
+                 dense_robust_acc=judged[0]["robust_acc"], seconds=sum(self.seconds.values()), flags="; ".join(flags) or "none")
         temporary = self.folder / "result.json.tmp"
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        temporary.write_text(json.dumps(self.result, indent=1) + "\n")
         os.replace(temporary, self.folder / "result.json")
         Run.active = False
-        return result
-
-
-class Sized:
-    """A generator that knows how many items it will yield."""
-
-    def __init__(self, items, total):
-        self.items, self.total = items, total
-
-    def __iter__(self):
-        return iter(self.items)
+        return self.result
 
 
 # ---------------------------------------------------------------- python common.py evaluate | compare
 
 def main(argv=None):
     parser = Parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=lambda **k: Parser(k.pop("description")))
+    commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("evaluate", description="Judges a saved network.")
     p.add_argument("model", help="a model.pt or dense.pt")
-    p.add_argument("--dataset", help="default: the one it was made for")
+    p.add_argument("--dataset", help="default: the one it was made for, and so for the attack")
     p.add_argument("--data-dir", default="data")
     p.add_argument("--workers", type=whole(1, 256), default=8, help="threads that decode class folders")
-    p.add_argument("--eval-images", type=whole(0), help="test images, a balanced subset; 0 is all (default: 1000 on a CPU)")
+    p.add_argument("--eval-images", type=whole(0), help="balanced subset of the test images; 0 is all (default: 1000 on a CPU)")
     p.add_argument("--epsilon", type=radius)
     p.add_argument("--step-size", type=radius)
     p.add_argument("--eval-steps", type=whole(1, 10000))
     p.add_argument("--restarts", type=whole(1, 1000))
-    p.add_argument("--loss", choices=LOSSES, default="ce", help="margin is Carlini and Wagner's, in l_inf")
+    p.add_argument("--loss", choices=LOSSES, default="ce", help="margin is Carlini and Wagner's in l_inf")
     p.add_argument("--source", help="another saved network, whose PGD examples are tried too")
     p.add_argument("--autoattack", action="store_true", help="needs the package pyautoattack")
     p.add_argument("--seed", type=whole(0), default=0)
     p.add_argument("--device", default="auto")
     p = commands.add_parser("compare", description="Prints one Markdown table over finished runs.")
     p.add_argument("folders", nargs="+", help="folders with a result.json; runs that differ in the seed alone share a row")
-    p.add_argument("--plot", help="a picture of robust accuracy against bytes (needs matplotlib)")
+    p.add_argument("--plot", help="file for a picture of robust accuracy against bytes; needs matplotlib")
     args = parser.parse_args(argv)
     return evaluate_command(args) if args.command == "evaluate" else compare_command(args)
 
 
 def evaluate_command(args):
+    """Judges args.model and prints what result.json would say of it."""
     artifact, model = read_model(args.model)
     for key, value in artifact["judged"].items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+        setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
     args.device = check_device(args.device)
-    if args.eval_images is None:
-        args.eval_images = 1000 if args.device == "cpu" else 0
-    if args.autoattack:
-        try:
-            import pyautoattack  # noqa: F401
-        except ImportError:
-            raise UsageFault("argument --autoattack: the package pyautoattack is not installed") from None
-    data = load_data(args)
-    network, found = artifact["network"], list(data.test[0].shape[1:])
-    if [network["channels"], *network["size"]] != found or network["classes"] != len(data.classes):
-        raise UsageFault(f"argument --dataset: {args.dataset} has {len(data.classes)} classes of {found}, the network was "
-                         f"made for {network['classes']} of {[network['channels'], *network['size']]}")
+    if args.autoattack and not importlib.util.find_spec("pyautoattack"):
+        raise UsageFault("argument --autoattack: the package pyautoattack is not installed")
+    data, network = load_data(args), artifact["network"]
+    here = dict(channels=data.test[0].shape[1], classes=len(data.classes), size=list(data.test[0].shape[2:]))
+    if here != {k: network[k] for k in here}:
+        raise UsageFault(f"argument --dataset: {args.dataset} has {here}, and the network was made for {network}")
     model.to(args.device, memory_format=torch.channels_last)
     attack = dict(epsilon=args.epsilon, step_size=args.step_size, num_steps=args.eval_steps, seed=args.seed)
-    result = dict(model=args.model, script=artifact["script"], dataset=args.dataset, bytes=Path(args.model).stat().st_size)
-    result |= evaluate(model, data.test, restarts=args.restarts, loss=args.loss, **attack)
-    result["flags"] = sanity_flags(model, data.test, **attack)
-    n = len(data.test[1])
+    result = dict(model=args.model, script=artifact["script"], dataset=args.dataset, bytes=os.path.getsize(args.model),
+                  **evaluate(model, data.test, restarts=args.restarts, loss=args.loss, **attack),
+                  flags=sanity_flags(model, data.test, **attack))
     if args.source:
         source = load_model(args.source).to(args.device, memory_format=torch.channels_last)
         result["transfer_acc"] = transfer(model, source, data.test, **attack)
-        if result["robust_acc"] - result["transfer_acc"] > max(2, 300 / n):
-            result["flags"].append(f"transfer ({result['transfer_acc']:.1f} %) is stronger than PGD")
+        if result["robust_acc"] - result["transfer_acc"] > max(2, 300 / result["images"]):
+            result["flags"].append("transfer is stronger than PGD")
     if args.autoattack:
-        result["autoattack_acc"], result["autoattack_version"] = autoattack(model, data.test, epsilon=args.epsilon, seed=args.seed)
-        result["autoattack_ci"] = interval(result["autoattack_acc"], n)
+        accuracy, version = autoattack(model, data.test, epsilon=args.epsilon, seed=args.seed)
+        result |= dict(autoattack_acc=accuracy, autoattack_ci=interval(accuracy, result["images"]), autoattack_version=version)
     print(json.dumps(result, indent=1))
     return result
 
 
 def compare_command(args):
-    groups = {}
+    """Prints a row for each set of runs that differ in nothing but the seed: means, and the range where there are several."""
+    rows = {}
     for folder in args.folders:
         try:
-            result = json.loads((Path(folder) / "result.json").read_text())
-            settings = {k: v for k, v in result["args"].items() if k not in ("seed", "pretrained")}
-            groups.setdefault(json.dumps([result["script"], settings], sort_keys=True), []).append(result | {"at": folder})
-        except (OSError, ValueError, KeyError) as fault:
-            raise Fault(f"{folder} holds no readable result.json ({type(fault).__name__}: {fault})") from None
-    first = [runs[0] for runs in groups.values()]
-    told = [k for k in first[0]["args"] if len({json.dumps(r["args"].get(k)) for r in first}) > 1 and k not in ("seed", "pretrained")]
+            run = json.loads((Path(folder) / "result.json").read_text()) | {"folder": folder}
+            same = {k: v for k, v in run["args"].items() if k not in ("seed", "pretrained")} | {"script": run["script"]}
+            rows.setdefault(json.dumps(same, sort_keys=True), []).append(run)
+        except (OSError, ValueError, KeyError, TypeError) as fault:
+            raise Fault(f"{folder} holds no readable result.json ({fault})") from None
+    settings = [json.loads(row) for row in rows]
+    told = [k for k in settings[0] if len({str(s.get(k)) for s in settings}) > 1 or k in ("dataset", "arch", "width")]
 
     def mean(runs, *path, digits=1):
-        values = []
-        for run in runs:
-            for key in path:
-                run = run[key]
-            values.append(run)
-        text = f"{statistics.mean(values):,.{digits}f}"
-        return text if len(values) == 1 or min(values) == max(values) else \
-            f"{text} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+        values = [functools.reduce(lambda value, key: value[key], path, run) for run in runs]
+        spread = f" ({min(values):,.{digits}f} to {max(values):,.{digits}f})" if min(values) < max(values) else ""
+        return f"{statistics.mean(values):,.{digits}f}{spread}"
 
-    print("| run | dense clean / robust | clean % | robust % | 95 % interval | bytes | bytes x | parameters x | MACs x | "
-          "batch 1 ms (dense) | flags | folder |\n|" + "---|" * 12)
-    for runs in groups.values():
-        r = runs[0]
-        name = " ".join([r["script"], r["args"]["dataset"], f"{r['args']['arch']}w{r['args']['width']}",
-                         *(f"{k}={r['args'].get(k)}" for k in told if k not in ("dataset", "arch", "width"))])
-        ci = "{} to {}".format(*r["robust_ci"]) if len(runs) == 1 else f"{len(runs)} seeds"
-        flags = "; ".join(sorted({f for run in runs for f in run["flags"]})) or "none"
-        print(f"| {name} | {mean(runs, 'dense', 'clean_acc')} / {mean(runs, 'dense', 'robust_acc')} | "
-              f"{mean(runs, 'clean_acc')} | {mean(runs, 'robust_acc')} | {ci} | {mean(runs, 'bytes', digits=0)} | "
-              f"{mean(runs, 'bytes_ratio')} | {mean(runs, 'params_ratio')} | {mean(runs, 'macs_ratio')} | "
-              f"{mean(runs, 'latency_ms', 'batch_1', 'compact')} ({mean(runs, 'latency_ms', 'batch_1', 'dense')}) | "
-              f"{flags} | {' '.join(run['at'] for run in runs)} |")
+    print("| run | dense clean, robust % | clean % | robust % | 95 % interval | bytes | bytes x | params x | MACs x |"
+          " batch 1 ms (dense) | flags | folder |\n" + "|---" * 12 + "|")
+    for same, runs in zip(settings, rows.values()):
+        print("", " ".join([same["script"], *(f"{k}={same.get(k)}" for k in told if k != "script")]),
+              f"{mean(runs, 'dense', 'clean_acc')}, {mean(runs, 'dense', 'robust_acc')}", mean(runs, "clean_acc"),
+              mean(runs, "robust_acc"), "{} to {}".format(*runs[0]["robust_ci"]) if len(runs) == 1 else f"{len(runs)} seeds",
+              *(mean(runs, key, digits=d) for key, d in (("bytes", 0), ("bytes_ratio", 1), ("params_ratio", 1), ("macs_ratio", 1))),
+              f"{mean(runs, 'latency_ms', 'batch_1', 'compact')} ({mean(runs, 'latency_ms', 'batch_1', 'dense')})",
+              "; ".join(sorted({flag for run in runs for flag in run["flags"]})) or "none",
+              " ".join(run["folder"] for run in runs), "", sep=" | ")
     if args.plot:
-        try:
-            import matplotlib
-        except ImportError:
-            raise UsageFault("argument --plot: the package matplotlib is not installed") from None
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        for script in sorted({r["script"] for r in first}):
-            runs = [r for group in groups.values() for r in group if r["script"] == script]
-            plt.scatter([r["bytes"] for r in runs], [r["robust_acc"] for r in runs], label=script)
-        plt.scatter([r["dense_bytes"] for r in first], [r["dense"]["robust_acc"] for r in first], marker="x", label="dense")
-        plt.xscale("log")
-        plt.xlabel("bytes of the file")
-        plt.ylabel("robust accuracy, %")
-        plt.legend()
-        plt.savefig(args.plot, dpi=120, bbox_inches="tight")
-    return list(groups.values())
+        if not importlib.util.find_spec("matplotlib"):
+            raise UsageFault("argument --plot: the package matplotlib is not installed")
+        from matplotlib.figure import Figure
+        axes = Figure().subplots()
+        runs = [run for row in rows.values() for run in row]
+        for script in sorted({run["script"] for run in runs}):
+            points = [(run["bytes"], run["robust_acc"]) for run in runs if run["script"] == script]
+            axes.scatter(*zip(*points), label=script)
+        axes.scatter(*zip(*((run["dense_bytes"], run["dense"]["robust_acc"]) for run in runs)), marker="x", label="dense")
+        axes.set(xscale="log", xlabel="bytes of the file", ylabel="robust accuracy, %")
+        axes.legend()
+        axes.figure.savefig(args.plot, dpi=120, bbox_inches="tight")
+    return list(rows.values())
 
 
 if __name__ == "__main__":
-    from common import cli as run_cli, main as run_main    # one module, not two: faults and build() are common's own
-    run_cli(run_main)
+    import common                       # one module, not two: scripts that are imported raise common's faults
+    common.cli(common.main)

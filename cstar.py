@@ -27,6 +27,7 @@ epoch count are our reconstruction. The first convolution and the classifier sta
 The numbers these gave are in README.md. Of the paper's own, only differences are known (abstract): ResNet-18 on
 CIFAR-10, up to 20.07 points of clean and 11.91 of robust accuracy over robust structured pruning.
 """
+import bisect
 import math
 import sys
 from pathlib import Path
@@ -40,7 +41,7 @@ from common import (Fault, Parser, Run, UsageFault, NETWORKS, autocast, build_ne
 
 
 def get_args(argv=None):
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, prog=Path(__file__).name)
     run = parser.add_argument_group("run")
     run.add_argument("--dataset", default="cifar10", help="digits, mnist, cifar10, cifar100, svhn or a folder's name")
     run.add_argument("--data-dir", default="data", help="where data sets are looked for and downloaded to")
@@ -77,7 +78,7 @@ def get_args(argv=None):
     paper.add_argument("--finetune-lr", type=number(1e-8, 10), help="of fine-tuning (default: half of --lr)")
     paper.add_argument("--rho", type=number(0, 1000), help="penalty (default: what fits learning rate and interval)")
     paper.add_argument("--hooi", type=whole(0, 100), default=0, help="alternating sweeps in every projection")
-    args = resolve(parser, argv, Path(__file__).stem, compress="admm_epochs")
+    args = resolve(parser, argv, compress="admm_epochs")
     args.admm_lr, args.finetune_lr = args.admm_lr or args.lr / 2, args.finetune_lr or args.lr / 2
     return args
 
@@ -156,18 +157,18 @@ def error_table(w):
 
 
 def chain(w):
-    """Nested states (cost, relative error, rank) of one layer, from rank 1 up to dense: each step adds one to one rank."""
-    shape, table = w.shape, (error_table(w) / w.double().square().sum().clamp_min(1e-300)).tolist()
-    rank, states = (len(table), len(table[0])), []
-    while True:
-        states.append((cost(shape, rank), table[rank[0] - 1][rank[1] - 1], rank))
-        lower = [r for r in ((rank[0] - 1, rank[1]), (rank[0], rank[1] - 1)) if min(r) > 0]
-        if not lower:
-            break
-        # Down: the one rank whose loss of energy per parameter saved is smaller.
-        rank = min(lower, key=lambda r: (table[r[0] - 1][r[1] - 1] - states[-1][1]) / (states[-1][0] - cost(shape, r)))
-    dense = (cost(shape, None), 0.0, None)
-    return [s for s in reversed(states) if s[0] < dense[0]] + [dense]
+    """Nested states (cost, relative error, rank) of one layer, from rank 1 to dense; each adds one to one of the ranks."""
+    table = (error_table(w) / w.double().square().sum().clamp_min(1e-300)).tolist()
+    pair, states = (len(table), len(table[0])), []
+    while min(pair) > 0:
+        here = cost(w.shape, pair), table[pair[0] - 1][pair[1] - 1]
+        states.append((*here, pair[:1] if is_matrix(w) else pair))
+
+        def loss(lower):                                                     # of energy, for a parameter saved
+            return (table[lower[0] - 1][lower[1] - 1] - here[1]) / (here[0] - cost(w.shape, lower))
+        lower = [p for p in ((pair[0] - 1, pair[1]), (pair[0], pair[1] - 1)) if min(p) > 0]
+        pair = min(lower, key=loss, default=(0, 0))
+    return [s for s in reversed(states) if s[0] < w.numel()] + [(w.numel(), 0.0, None)]
 
 
 def hull_segments(states):
@@ -184,78 +185,92 @@ def hull_segments(states):
             for i, j in zip(hull, hull[1:])]
 
 
-def choose_ranks(weights, kept, ratio, rule="hull"):
-    """[D] Ranks {name: (ro, ri), (r,) or None for dense} of weights {name: (S, C, ...)}, with kept other parameters.
+def parameter_budget(model, ratio):
+    """[D] Parameters that the factorisable weights may have together: floor(total / ratio) less those that are kept.
 
-    hull: every layer starts at rank 1; hull segments of all layers are taken by falling gain per parameter until one does
-    not fit, and that one as far as it fits. A larger ratio is thus a shorter prefix of one list: ranks never grow with it.
-    uniform: one fraction of the full ranks for all layers. Raises UsageFault if the ratio is out of reach."""
-    total = kept + sum(w.numel() for w in weights.values())
-    budget = math.floor(total / ratio) - kept
-    least = sum(min(cost(w.shape, (1, 1)), w.numel()) for w in weights.values())
-    if budget < least:
-        raise UsageFault(f"argument --ratio: {ratio:g} is out of reach, this network goes from 1 to "
-                         f"{math.floor(100 * total / (kept + least)) / 100}")
+    Raises UsageFault if the ratio is out of reach even at ranks 1."""
+    total = sum(p.numel() for p in model.parameters())
+    shapes = [m.weight.shape for m in factorisable(model).values()]
+    kept = total - sum(shape.numel() for shape in shapes)
+    least = kept + sum(min(cost(shape, (1, 1)), shape.numel()) for shape in shapes)
+    if total // ratio < least:
+        raise UsageFault(f"argument --ratio: {ratio:g} is not from 1 to {total / least - 0.005:.2f}, what this network allows")
+    return int(total // ratio) - kept
+
+
+def choose_ranks(weights, budget, rule="hull"):
+    """[D] A rank (ro, ri), (r,) or None (dense) for each of weights {name: (S, C, ...)}, within `budget` parameters.
+
+    hull: all layers start at rank 1; then the hull segments of all layers are taken in order of gain per parameter, until
+    a step does not fit. A larger ratio ends the same list of steps earlier: no rank grows with the ratio.
+    uniform: the same fraction of the full ranks in every layer."""
     if rule == "uniform":
         def at(fraction):
             ranks = {}
             for name, w in weights.items():
                 full = [min(w.shape[:2])] if is_matrix(w) else w.shape[:2]
-                rank = tuple(max(1, math.floor(fraction * n)) for n in full)
-                ranks[name] = rank if cost(w.shape, rank) < w.numel() else None
+                ranks[name] = tuple(max(1, int(fraction * n)) for n in full)
+                if cost(w.shape, ranks[name]) >= w.numel():
+                    ranks[name] = None
             return ranks
-        low, high = 0.0, 1.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            fits = sum(cost(w.shape, at(middle)[n]) for n, w in weights.items()) <= budget
-            low, high = (middle, high) if fits else (low, middle)
-        return at(high if high == 1 else low)
+
+        def fits(fraction):
+            return sum(cost(weights[name].shape, rank) for name, rank in at(fraction).items()) <= budget
+        steps = 1 << 20                                                      # fractions to a millionth, by bisection
+        return at(bisect.bisect(range(steps + 1), False, key=lambda i: not fits(i / steps)) / steps - 1 / steps)
+
     chains = {name: chain(w) for name, w in weights.items()}
     state = {name: states[0] for name, states in chains.items()}
-    spent = sum(s[0] for s in state.values())
-    segments = sorted((slope, name, segment) for name, states in chains.items() for slope, segment in hull_segments(states))
-    for _, name, segment in segments:
+    spare = budget - sum(s[0] for s in state.values())
+    for _, name, segment in sorted((slope, name, segment) for name, states in chains.items()
+                                   for slope, segment in hull_segments(states)):
         for step in segment:
-            if spent + step[0] - state[name][0] > budget:
-                return {n: s[2] and s[2][:1 if is_matrix(weights[n]) else 2] for n, s in state.items()}
-            spent, state[name] = spent + step[0] - state[name][0], step
-    return {name: None for name in weights}
+            spare -= step[0] - state[name][0]
+            if spare < 0:
+                return {n: s[2] for n, s in state.items()}
+            state[name] = step
+    return {n: s[2] for n, s in state.items()}
 
 
 # ---------------------------------------------------------------- the method: ADMM and factors
 
 class ADMM:
-    """Z and U of every factorised layer, with the penalty of [E] and the updates [F] and [G]."""
+    """Z and U of every factorised layer, the penalty of [E], the updates [F] and [G]."""
 
-    def __init__(self, layers, ranks, rho, hooi):
+    def __init__(self, layers, ranks, hooi):
         self.weights = {name: layers[name].weight for name, rank in ranks.items() if rank}
-        self.ranks, self.rho, self.hooi, self.residual = ranks, rho, hooi, []
+        self.ranks, self.hooi, self.rho, self.residuals = ranks, hooi, None, []
         self.z = {name: project(w.detach(), ranks[name], hooi) for name, w in self.weights.items()}
         self.u = {name: torch.zeros_like(w) for name, w in self.weights.items()}
 
+    def set_rho(self, rho):
+        """A new penalty; the scaled dual is U = (multiplier) / rho, so it is rescaled."""
+        if self.rho:
+            self.u = {name: u * (self.rho / rho) for name, u in self.u.items()}
+        self.rho = rho
+
     def penalty(self):
-        """[E] rho/2 sum ||W - Z + U||^2, a sum over layers, in float32."""
-        return self.rho / 2 * sum((w - self.z[n] + self.u[n]).square().sum() for n, w in self.weights.items())
+        """[E] rho/2 sum ||W - Z + U||^2 over the layers, in float32."""
+        return self.rho / 2 * sum((w - self.z[name] + self.u[name]).square().sum() for name, w in self.weights.items())
 
     @torch.no_grad()
     def update(self):
-        """[F], [G]; returns the relative residual ||W - Z|| / ||W|| over all layers."""
-        gap = size = 0.0
-        for n, w in self.weights.items():
-            self.z[n] = project(w + self.u[n], self.ranks[n], self.hooi)       # [F]
-            self.u[n] = self.u[n] + w - self.z[n]                              # [G]
-            gap, size = gap + (w - self.z[n]).square().sum(), size + w.square().sum()
-        self.residual.append((gap / size).sqrt().item())
-        return self.residual[-1]
+        """[F], [G]; returns the relative residual ||W - Z|| / ||W|| of all layers together."""
+        gap = size = 0
+        for name, w in self.weights.items():
+            self.z[name] = project(w + self.u[name], self.ranks[name], self.hooi)        # [F]
+            self.u[name] = self.u[name] + w - self.z[name]                               # [G]
+            gap, size = gap + (w - self.z[name]).square().sum(), size + w.square().sum()
+        self.residuals.append((gap / size).sqrt().item())
+        return self.residuals[-1]
 
     def state_dict(self):
-        return dict(z=self.z, u=self.u, residual=self.residual)
+        return dict(z=self.z, u=self.u, rho=self.rho, residuals=self.residuals)
 
     def load_state_dict(self, state):
-        for mine, saved in ((self.z, state["z"]), (self.u, state["u"])):
-            for name in mine:
-                mine[name] = saved[name].view_as(mine[name]).to(mine[name])
-        self.residual = list(state["residual"])
+        self.rho, self.residuals = state["rho"], state["residuals"]
+        for name, w in self.weights.items():
+            self.z[name], self.u[name] = state["z"][name].to(w.device), state["u"][name].to(w.device)
 
 
 def factor_layer(layer, rank):
@@ -348,45 +363,40 @@ def main(argv=None):
     data = load_data(args)
     network = network_of(args, data)
     model = build_network(**network)
-    layers = factorisable(model)
+    budget = parameter_budget(model, args.ratio)
     if args.pretrained:
         load_pretrained(model, args.pretrained, network)
-    kept = sum(p.numel() for p in model.parameters()) - sum(m.weight.numel() for m in layers.values())
-    choose_ranks({n: m.weight.detach() for n, m in layers.items()}, kept, args.ratio, "uniform")    # refuses a ratio out of reach
-    run = Run(args, data, Path(__file__).stem, argv)
+    run = Run(args, data, __file__, argv)
     if run.result:
         return run.result
-    if not args.pretrained:
-        model = build_network(**network)                                     # again, now that the seed is set
-    prepare(model, args)
+    model = prepare(model, args)
 
-    # Phase 1: dense and robust.
+    # Phase 1: a dense robust network.
     optimizer, schedule = sgd(model, args.lr, args.pretrain_epochs, data, args)
     for epoch in run.epochs("pretrain", args.pretrain_epochs, model=model, optimizer=optimizer, schedule=schedule):
         run.log(epoch=epoch + 1, **train_epoch(model, run.batches(), optimizer, schedule, args))
-
-    def dense():
-        save_model(run.folder / "dense.pt", "common", network, model, args)
-        weights = {n: m.weight.detach().cpu() for n, m in layers.items()}
-        return choose_ranks(weights, kept, args.ratio, args.rank_rule)
     layers = factorisable(model)
-    ranks = run.once("ranks", dense)
 
-    # Phase 2: ADMM pulls the dense weights towards the chosen ranks.
-    rho = args.rho
-    if rho is None:
-        # W follows Z - U with time constant (1 - momentum) / (lr rho) steps: it should be the interval of updates.
-        rho = (1 - args.momentum) / (args.admm_lr * data.steps(args.batch_size))
-    admm = ADMM(layers, ranks, rho, args.hooi)
+    def save_dense_and_choose_ranks():
+        save_model(run.folder / "dense.pt", "common", network, model, args)
+        return choose_ranks({name: m.weight.detach().cpu() for name, m in layers.items()}, budget, args.rank_rule)
+    ranks = run.once("ranks", save_dense_and_choose_ranks)                   # [D]
+
+    # Phase 2: ADMM pulls the dense weights towards those ranks.
+    admm, steps = ADMM(layers, ranks, args.hooi), data.steps(args.batch_size)
     optimizer, schedule = sgd(model, args.admm_lr, args.admm_epochs, data, args)
     for epoch in run.epochs("admm", args.admm_epochs, model=model, optimizer=optimizer, schedule=schedule, admm=admm):
+        # W follows Z - U with time constant (1 - momentum) / (lr rho) steps; that should be an epoch, the interval of updates.
+        admm.set_rho(args.rho or (1 - args.momentum) / (schedule.get_last_lr()[0] * steps))
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, admm.penalty)
-        run.log(epoch=epoch + 1, **fields, residual=admm.update(), rho=rho)
+        run.log(epoch=epoch + 1, **fields, rho=admm.rho, residual=admm.update())
+    grew = len(admm.residuals) > 1 and admm.residuals[-1] > admm.residuals[0]
+    if grew:
+        run.log(note="the residual grew: ADMM has not converged; more --admm-epochs or another --rho may help")
 
     # Phase 3: the cut, and fine-tuning of the factors.
-    again = run.skips("finetune")
     model = prepare(factorise(model, ranks, args.hooi), args)                # [H]
-    if not again:
+    if not run.begun("finetune"):
         reestimate_batchnorm(model, data.batches(args.batch_size, run.generator))
     optimizer, schedule = sgd(model, args.finetune_lr, args.finetune_epochs, data, args)
     for epoch in run.epochs("finetune", args.finetune_epochs, model=model, optimizer=optimizer, schedule=schedule):
