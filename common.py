@@ -35,7 +35,7 @@ CIFAR = dict(arch="resnet18", width=16, pretrain_epochs=30, compress_epochs=15, 
              lr=0.2, epsilon=8 / 255, step_size=2 / 255, num_steps=10, crop=4, flip=True)
 GREY = CIFAR | dict(width=4, crop=0, flip=False)
 RECIPES = {
-    "digits": GREY | dict(pretrain_epochs=15, compress_epochs=8, finetune_epochs=8, batch_size=64, lr=0.1,
+    "digits": GREY | dict(pretrain_epochs=15, compress_epochs=6, finetune_epochs=10, batch_size=64, lr=0.1,
                           epsilon=0.2, step_size=0.05),
     "mnist": GREY | dict(arch="lenet", batch_size=128, lr=0.05, epsilon=0.3, step_size=0.01, num_steps=40),
     "cifar10": CIFAR, "cifar100": CIFAR, "svhn": CIFAR | dict(lr=0.1, flip=False)}
@@ -280,18 +280,23 @@ def read_folders(root, workers):
     with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(cache) as stored:
         if str(stored["stamp"]) == stamp.hexdigest():
             return *((stored[f"{split}_x"], stored[f"{split}_y"]) for split in files), classes
-    with Image.open(files["train"][0][0]) as first:
-        size, mode = first.size, "L" if first.mode in ("L", "1") else "RGB"
 
-    def decode(path):
+    def read(path):
         try:
             with Image.open(path) as image:
-                if image.size == size and image.mode[0] not in "IF" and (mode == "RGB" or image.mode in ("L", "1")):
-                    return np.asarray(image.convert(mode)).reshape(*size[::-1], -1).transpose(2, 0, 1)
-                raise Fault(f"{path} is {image.size} {image.mode}, the first image {size} {mode}: all must be alike")
+                image.load()
+                return image
         except OSError as fault:
             raise Fault(f"{path} cannot be read as an image ({fault})") from None
 
+    def decode(path):
+        image = read(path)
+        if image.size != size or image.mode[0] in "IF" or mode == "L" and image.mode not in ("L", "1"):
+            raise Fault(f"{path} is {image.size} {image.mode}, the first image {size} {mode}: all must be alike")
+        return np.asarray(image.convert(mode)).reshape(*size[::-1], -1).transpose(2, 0, 1)
+
+    first = read(files["train"][0][0])
+    size, mode = first.size, "L" if first.mode in ("L", "1") else "RGB"
     arrays = {"stamp": np.array(stamp.hexdigest())}
     with ThreadPoolExecutor(workers) as pool:
         for split, listed in files.items():
@@ -688,7 +693,7 @@ def latency(models, network, batch_size, device):
     """Median milliseconds of a forward pass of each model, float32 and channels last, measured in turn in one loop."""
     x = to_float(torch.zeros(batch_size, network["channels"], *network["size"], dtype=torch.uint8, device=device))
     times, begin = [[] for _ in models], time.perf_counter()
-    while len(times[0]) < 6 or time.perf_counter() - begin < 1:
+    while len(times[0]) < 6 or time.perf_counter() - begin < 0.5:
         for model, measured in zip(models, times):
             before = time.perf_counter()
             model(x)

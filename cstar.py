@@ -75,11 +75,11 @@ def get_args(argv=None):
     paper.add_argument("--rank-rule", choices=("hull", "uniform"), default="hull", help="[D], or one fraction for all layers")
     paper.add_argument("--admm-epochs", type=whole(0, 10000), help="0 is the one-shot baseline")
     paper.add_argument("--admm-lr", type=number(1e-8, 10), help="peak learning rate of ADMM (default: half of --lr)")
-    paper.add_argument("--finetune-lr", type=number(1e-8, 10), help="of fine-tuning (default: half of --lr)")
-    paper.add_argument("--rho", type=number(0, 1000), help="penalty (default: what fits learning rate and interval)")
+    paper.add_argument("--finetune-lr", type=number(1e-8, 10), help="of fine-tuning (default: --lr)")
+    paper.add_argument("--rho", type=number(1e-9, 1000), help="penalty (default: what fits learning rate and interval)")
     paper.add_argument("--hooi", type=whole(0, 100), default=0, help="alternating sweeps in every projection")
     args = resolve(parser, argv, compress="admm_epochs")
-    args.admm_lr, args.finetune_lr = args.admm_lr or args.lr / 2, args.finetune_lr or args.lr / 2
+    args.admm_lr, args.finetune_lr = args.admm_lr or args.lr / 2, args.finetune_lr or args.lr
     return args
 
 
@@ -237,17 +237,11 @@ def choose_ranks(weights, budget, rule="hull"):
 class ADMM:
     """Z and U of every factorised layer, the penalty of [E], the updates [F] and [G]."""
 
-    def __init__(self, layers, ranks, hooi):
+    def __init__(self, layers, ranks, rho, hooi=0):
         self.weights = {name: layers[name].weight for name, rank in ranks.items() if rank}
-        self.ranks, self.hooi, self.rho, self.residuals = ranks, hooi, None, []
+        self.ranks, self.rho, self.hooi, self.residuals = ranks, rho, hooi, []
         self.z = {name: project(w.detach(), ranks[name], hooi) for name, w in self.weights.items()}
         self.u = {name: torch.zeros_like(w) for name, w in self.weights.items()}
-
-    def set_rho(self, rho):
-        """A new penalty; the scaled dual is U = (multiplier) / rho, so it is rescaled."""
-        if self.rho:
-            self.u = {name: u * (self.rho / rho) for name, u in self.u.items()}
-        self.rho = rho
 
     def penalty(self):
         """[E] rho/2 sum ||W - Z + U||^2 over the layers, in float32."""
@@ -265,10 +259,10 @@ class ADMM:
         return self.residuals[-1]
 
     def state_dict(self):
-        return dict(z=self.z, u=self.u, rho=self.rho, residuals=self.residuals)
+        return dict(z=self.z, u=self.u, residuals=self.residuals)
 
     def load_state_dict(self, state):
-        self.rho, self.residuals = state["rho"], state["residuals"]
+        self.residuals = state["residuals"]
         for name, w in self.weights.items():
             self.z[name], self.u[name] = state["z"][name].to(w.device), state["u"][name].to(w.device)
 
@@ -383,15 +377,14 @@ def main(argv=None):
     ranks = run.once("ranks", save_dense_and_choose_ranks)                   # [D]
 
     # Phase 2: ADMM pulls the dense weights towards those ranks.
-    admm, steps = ADMM(layers, ranks, args.hooi), data.steps(args.batch_size)
+    # W follows Z - U with time constant (1 - momentum) / (lr rho) steps; three of them fit an epoch, the interval of updates.
+    rho = args.rho or 3 * (1 - args.momentum) / (args.admm_lr * data.steps(args.batch_size))
+    admm = ADMM(layers, ranks, rho, args.hooi)
     optimizer, schedule = sgd(model, args.admm_lr, args.admm_epochs, data, args)
     for epoch in run.epochs("admm", args.admm_epochs, model=model, optimizer=optimizer, schedule=schedule, admm=admm):
-        # W follows Z - U with time constant (1 - momentum) / (lr rho) steps; that should be an epoch, the interval of updates.
-        admm.set_rho(args.rho or (1 - args.momentum) / (schedule.get_last_lr()[0] * steps))
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, admm.penalty)
-        run.log(epoch=epoch + 1, **fields, rho=admm.rho, residual=admm.update())
-    grew = len(admm.residuals) > 1 and admm.residuals[-1] > admm.residuals[0]
-    if grew:
+        run.log(epoch=epoch + 1, **fields, rho=rho, residual=admm.update())
+    if len(admm.residuals) > 1 and admm.residuals[-1] > admm.residuals[0]:
         run.log(note="the residual grew: ADMM has not converged; more --admm-epochs or another --rho may help")
 
     # Phase 3: the cut, and fine-tuning of the factors.

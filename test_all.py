@@ -1,0 +1,853 @@
+"""Correctness on tiny networks: oracles, properties, runs end to end. CPU only, no network.
+
+Tests against independent libraries (foolbox, pyautoattack, scikit-learn, scipy, tensorly) are skipped where those are
+not installed. Break the code once and watch the test of that line fail: that is how these were written.
+"""
+import ast
+import contextlib
+import copy
+import importlib
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+import cstar
+
+HERE = Path(__file__).parent
+SCRIPTS = ["cstar"]
+TINY = ("--dataset digits --arch resnet18 --width 1 --train-images 128 --eval-images 40 --batch-size 32 --pretrain-epochs 2 "
+        "--admm-epochs 2 --finetune-epochs 2 --num-steps 2 --eval-steps 3 --restarts 1 --ratio 4 --device cpu").split()
+torch.set_num_threads(1)
+
+
+def tiny(folder, *more, script=cstar):
+    return script.main([*TINY, "--output", str(folder), *more])
+
+
+def weights_of(path):
+    return torch.load(path, weights_only=True)["state"]
+
+
+def same_weights(a, b):
+    a, b = weights_of(a), weights_of(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def conv_weight(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def resnet(width=1, channels=1, classes=10, size=8):
+    torch.manual_seed(0)
+    return common.build_network("resnet18", width, channels, classes, (size, size))
+
+
+@pytest.fixture(scope="session")
+def digits():
+    args = cstar.get_args(["--dataset", "digits", "--device", "cpu"])
+    return common.load_data(args)
+
+
+def trained(epsilon):
+    args = cstar.get_args(f"--dataset digits --arch lenet --width 8 --pretrain-epochs 15 --batch-size 32 --lr 0.05 --device cpu "
+                          f"--amp off --epsilon {epsilon}".split())
+    args.num_steps = args.num_steps if epsilon else 0
+    data = common.load_data(args)
+    model = common.build_network(**common.network_of(args, data))
+    optimizer, schedule = common.sgd(model, args.lr, args.pretrain_epochs, data, args)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(args.pretrain_epochs):
+        cstar.train_epoch(model, data.batches(args.batch_size, generator), optimizer, schedule, args)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def robust():
+    return trained(0.2)
+
+
+@pytest.fixture(scope="session")
+def standard():
+    return trained(0.0)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A run of CSTAR that was not interrupted: its folder and its result."""
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    return folder, tiny(folder)
+
+
+# ---------------------------------------------------------------- data
+
+def test_digits_are_those_of_scikit_learn():
+    load_digits = pytest.importorskip("sklearn.datasets").load_digits
+    with np.load(HERE / "data" / "digits.npz") as stored:
+        assert (stored["images"] == load_digits().images).all() and (stored["labels"] == load_digits().target).all()
+
+
+def test_data_subsets_are_balanced_and_prefixes_of_each_other(digits):
+    labels = digits.train[1].numpy()
+    small, large = common.balanced(labels, 50), common.balanced(labels, 200)
+    assert (np.bincount(labels[small]) == 5).all() and (np.bincount(labels[large]) == 20).all()
+    assert set(small) <= set(large) and len(set(large)) == 200
+
+
+def test_data_crop_and_flip_move_whole_images():
+    x = torch.arange(2 * 1 * 4 * 5, dtype=torch.uint8).view(2, 1, 4, 5)
+    seen = set()
+    for seed in range(200):
+        out = common.augment(x, 1, True, torch.Generator().manual_seed(seed))[1, 0]
+        matches = [(dy, dx, flip) for dy, dx, flip in itertools.product(range(3), range(3), (False, True))
+                   if torch.equal(out, (lambda w: w.flip(1) if flip else w)(F.pad(x[1, 0], (1,) * 4)[dy:dy + 4, dx:dx + 5]))]
+        assert len(matches) == 1
+        seen.update(matches)
+    assert len(seen) == 18                                                   # every offset, mirrored and not
+
+
+def test_data_epoch_is_a_shuffle_without_repetition(digits):
+    x = [x for x, _ in digits.batches(100, torch.Generator().manual_seed(1))]
+    flat = torch.cat(x).flatten(1)
+    assert len(x) == 14 and all(b.shape == (100, 1, 8, 8) for b in x) and 0 <= flat.min() and flat.max() == 1
+    whole = digits.train[0].float().div(255).flatten(1)
+    assert len(flat.unique(dim=0)) >= 1400 - (len(whole) - len(whole.unique(dim=0)))
+
+
+def write_images(root, mode="RGB", size=(8, 8), count=6):
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    for split, label in itertools.product(("train", "test"), ("ant", "bee")):
+        (root / split / label).mkdir(parents=True)
+        for i in range(count):
+            shape = (*size[::-1], 3) if mode == "RGB" else size[::-1]
+            Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(root / split / label / f"{i}.png")
+
+
+@pytest.mark.parametrize("mode, channels", [("RGB", 3), ("L", 1)])
+def test_data_class_folders_equal_their_pixels_also_from_the_cache(tmp_path, mode, channels):
+    from PIL import Image
+    write_images(tmp_path / "zoo", mode, size=(9, 8))
+    args = cstar.get_args(["--dataset", "zoo", "--data-dir", str(tmp_path), "--epsilon", "8/255", "--device", "cpu"])
+    assert args.step_size == args.epsilon / 4
+    first = common.load_data(args)
+    assert first.classes == ["ant", "bee"] and first.train[0].shape == (12, channels, 8, 9)
+    pixels = np.asarray(Image.open(tmp_path / "zoo/train/bee/2.png")).reshape(8, 9, channels)
+    assert (first.train[0][8].permute(1, 2, 0).numpy() == pixels).all() and first.train[1][8] == 1
+    assert (tmp_path / "zoo-cache.npz").is_file()
+    again = common.load_data(args)
+    assert torch.equal(first.train[0], again.train[0]) and torch.equal(first.test[1], again.test[1])
+    Image.fromarray(np.zeros((8, 9, 3) if channels == 3 else (8, 9), np.uint8)).save(tmp_path / "zoo/train/ant/0.png")
+    assert common.load_data(args).train[0][0].sum() == 0                     # a changed file is not served from the cache
+
+
+# ---------------------------------------------------------------- networks
+
+@pytest.mark.parametrize("arch, channels, size, counts", [               # papers' tables: width -> parameters
+    ("lenet", 1, 28, {1: 13514, 2: 52506, 4: 206954, 8: 821706, 16: 3274634}),
+    ("lenet", 3, 32, {1: 62006, 2: 244962, 4: 973754, 8: 3882858, 16: 15507146}),
+    ("vgg16", 3, 32, {1: 58686, 2: 232274, 4: 924186, 8: 3686954, 16: 14728266}),
+    ("resnet18", 3, 32, {1: 44622, 2: 176402, 4: 701466, 8: 2797610, 16: 11173962}),
+    ("wrn28_4", 3, 32, {16: 5849050})])
+def test_networks_have_the_papers_parameter_counts(arch, channels, size, counts):
+    with torch.device("meta"):
+        for width, count in counts.items():
+            model = common.build_network(arch, width, channels, 10, (size, size))
+            assert sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize("arch, channels, size", [("lenet", 1, (8, 12)), ("lenet", 2, (20, 16)), ("vgg16", 1, (32, 40)),
+                                                  ("resnet18", 2, (9, 8)), ("wrn28_4", 4, (5, 4))])
+def test_networks_take_any_channels_and_sizes_that_fit(arch, channels, size):
+    model = common.build_network(arch, 1, channels, 7, size)
+    assert model(torch.rand(2, channels, *size)).shape == (2, 7)
+    with pytest.raises(common.UsageFault, match="too deep"):
+        common.build_network(arch, 1, channels, 7, (3, 3))
+
+
+def test_networks_resnet18_has_the_common_layer_names():
+    names = resnet().state_dict().keys()
+    assert {"conv1.weight", "bn1.running_var", "layer1.0.conv1.weight", "layer2.0.shortcut.0.weight", "layer4.1.bn2.bias",
+            "linear.bias"} <= names
+
+
+def test_macs_of_resnet18_equal_the_sum_by_hand():
+    w, total = [64, 64, 128, 256, 512], 32 * 32 * 27 * 64 + 512 * 10
+    for i in range(4):
+        side = 32 // 2**i
+        total += side * side * (9 * w[i] * w[i + 1] + 3 * 9 * w[i + 1] ** 2 + (w[i] * w[i + 1] if i else 0))
+    network = dict(arch="resnet18", width=16, channels=3, classes=10, size=[32, 32])
+    assert common.count_macs(common.build_network(**network), network) == total
+
+
+# ---------------------------------------------------------------- the attack
+
+def linear(weight, bias=0.0):
+    layer = nn.Linear(weight.shape[1], weight.shape[0])
+    layer.weight.data, layer.bias.data = weight.clone(), torch.full((weight.shape[0],), bias)
+    return nn.Sequential(nn.Flatten(), layer).eval()
+
+
+def test_pgd_reaches_the_closed_form_optimum_of_a_linear_network():
+    w = conv_weight(2, 12).float()
+    x, y = torch.rand(5, 3, 2, 2), torch.tensor([0, 1, 0, 1, 1])
+    direction = (w[1] - w[0]).sign().view(1, 3, 2, 2) * (1 - 2 * y.float()).view(-1, 1, 1, 1)
+    best = (x + 0.1 * direction).clamp(0, 1)
+    for settings in (dict(step_size=0.1, num_steps=1, random_start=False), dict(step_size=0.03, num_steps=10),
+                     dict(step_size=0.03, num_steps=10, loss="margin")):
+        assert torch.allclose(common.pgd(linear(w), x, y, 0.1, **settings), best, atol=1e-6)
+
+
+def test_pgd_equals_foolbox_without_random_start(robust, digits):
+    foolbox = pytest.importorskip("foolbox")
+    x, y = common.to_float(digits.test[0][:100]), digits.test[1][:100]
+    attack = foolbox.attacks.LinfPGD(abs_stepsize=0.03, steps=20, random_start=False)
+    _, theirs, _ = attack(foolbox.PyTorchModel(robust, bounds=(0, 1), device="cpu"), x, y, epsilons=0.2)
+    ours = common.pgd(robust, x, y, 0.2, 0.03, 20, random_start=False)
+    assert (ours - theirs).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_pgd_leaves_weights_gradients_modes_and_statistics_alone(training):
+    model = resnet().train(training)
+    model.bn1.eval()
+    model.linear.bias.requires_grad_(False)
+    model.conv1.weight.grad = torch.ones_like(model.conv1.weight)
+    before = copy.deepcopy(model.state_dict())
+    modes, wants = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    x, y = torch.rand(6, 1, 8, 8), torch.arange(6)
+    x_adv = common.pgd(model, x, y, 0.2, 0.05, 4)
+    assert not x_adv.requires_grad and (x_adv - x).abs().max() <= 0.2 + 1e-6 and 0 <= x_adv.min() and x_adv.max() <= 1
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert modes == [m.training for m in model.modules()] and wants == [p.requires_grad for p in model.parameters()]
+    assert all(p.grad is None for p in list(model.parameters())[1:]) and (model.conv1.weight.grad == 1).all()
+
+
+def test_pgd_with_epsilon_zero_is_the_image_and_a_callable_loss_is_used():
+    x, y = torch.rand(3, 1, 8, 8), torch.tensor([1, 2, 3])
+    assert torch.equal(common.pgd(resnet().eval(), x, y, 0.0, 0.1, 3), x)
+    seen = []
+    common.pgd(resnet().eval(), x, y, 0.1, 0.1, 3, eot=2, loss=lambda logits, labels: seen.append(1) or logits[:, 0])
+    assert len(seen) == 6
+
+
+def test_margin_loss_is_the_gap_to_the_best_other_class():
+    logits = torch.tensor([[1.0, 4.0, 2.5], [3.0, 0.0, -1.0]])
+    assert torch.equal(common.margin_loss(logits, torch.tensor([2, 0])), torch.tensor([1.5, -3.0]))
+
+
+# ---------------------------------------------------------------- evaluation
+
+SETTINGS = dict(epsilon=0.2, step_size=0.05, num_steps=20)
+
+
+def test_evaluate_is_near_autoattack(robust, digits):
+    pyautoattack = pytest.importorskip("pyautoattack")
+    ce, margin = (common.evaluate(robust, digits.test, **SETTINGS | dict(num_steps=50), restarts=5, loss=loss)["robust_acc"]
+                  for loss in ("ce", "margin"))
+
+    def theirs(*attacks):
+        judge = pyautoattack.AutoAttack(robust, eps=0.2, version="custom", attacks=list(attacks), seed=0)
+        x, y = common.to_float(digits.test[0]), digits.test[1]
+        return common.per_cent(robust(judge.run_standard_evaluation(x, y, batch_size=360)[0]).argmax(1) == y)
+    assert abs(ce - theirs("apgd-ce")) <= 2 and abs(margin - theirs("apgd-ce", "apgd-t")) <= 2
+
+
+def test_evaluate_counts_every_iterate_of_every_restart(robust, digits):
+    images = [t[:60] for t in digits.test]
+    x, y, generator = common.to_float(images[0]), images[1], torch.Generator().manual_seed(0)
+    survived = robust(x).argmax(1) == y
+    for _ in range(3):                                                       # the same attack, written plainly
+        x_adv = (x + 0.2 * (2 * torch.rand(x.shape, generator=generator) - 1)).clamp(0, 1)
+        for _ in range(21):
+            x_adv.requires_grad_()
+            logits = robust(x_adv)
+            survived &= logits.argmax(1) == y
+            gradient, = torch.autograd.grad(F.cross_entropy(logits, y), x_adv)
+            x_adv = torch.clamp(x_adv.detach() + 0.05 * gradient.sign(), x - 0.2, x + 0.2).clamp(0, 1)
+    assert common.evaluate(robust, images, **SETTINGS, restarts=3)["robust_acc"] == common.per_cent(survived)
+
+
+def test_evaluate_falls_with_steps_and_restarts_for_every_image(robust, digits):
+    with common.judging(robust):
+        def broken(steps, restarts):
+            first = common.first_break(robust, digits.test, torch.Generator().manual_seed(0), epsilon=0.15, step_size=0.02,
+                                       num_steps=steps, restarts=restarts)
+            return first <= steps
+        few, more_steps, more_restarts = broken(5, 1), broken(12, 1), broken(5, 4)
+        assert (few <= more_steps).all() and (few <= more_restarts).all() and (more_steps <= broken(12, 4)).all()
+        assert few.sum() < more_steps.sum() and few.sum() <= more_restarts.sum()
+
+
+def test_evaluate_interval_is_wilsons():
+    binomtest = pytest.importorskip("scipy.stats").binomtest
+    for k, n in ((0, 40), (13, 40), (40, 40), (733, 1000)):
+        expected = binomtest(k, n).proportion_ci(method="wilson")
+        assert common.interval(100 * k / n, n) == pytest.approx([100 * expected.low, 100 * expected.high], abs=0.006)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, model, change):
+        super().__init__()
+        self.model, self.change = model, change
+
+    def forward(self, x):
+        return self.change(self.model, x)
+
+
+def test_sanity_flags_are_silent_on_honest_networks(robust, standard, digits):
+    for model, least in ((robust, 40), (standard, 0)):
+        assert common.sanity_flags(model, digits.test, **SETTINGS) == []
+        assert common.evaluate(model, digits.test, **SETTINGS)["robust_acc"] >= least
+
+
+def neighbours(model, x):
+    return model(x) + 0.01 * x.mean() * torch.arange(10)
+
+
+@pytest.mark.parametrize("expected, change", [
+    ("zero gradients", lambda model, x: 1e4 * model(x)),
+    ("zero gradients", lambda model, x: model((x * 4).round() / 4)),
+    ("random output", lambda model, x: model(x + 0.15 * torch.randn_like(x))),
+    ("batch-dependent", neighbours),
+    ("probabilities", lambda model, x: model(x).softmax(1))])
+def test_sanity_flags_catch_masked_networks(standard, digits, expected, change):
+    flags = common.sanity_flags(Wrapped(standard, change), digits.test, **SETTINGS)
+    assert any(expected in flag for flag in flags), flags
+    if expected == "zero gradients":                                         # masking: what PGD misses others find
+        assert any("stronger" in flag or "epsilon 1" in flag for flag in flags), flags
+
+
+def test_sanity_flag_for_an_attack_that_has_not_converged(robust, digits):
+    flags = common.sanity_flags(robust, digits.test, epsilon=0.2, step_size=0.01, num_steps=4)
+    assert any("not converged" in flag for flag in flags) and any("FGSM" in flag for flag in flags)
+
+
+def test_evaluate_of_a_random_network_is_repeatable_and_says_so(robust, digits):
+    model = Wrapped(robust, lambda inner, x: inner(x + 0.1 * torch.randn_like(x)))
+    images = [t[:40] for t in digits.test]
+    state = torch.get_rng_state()
+    first, second = (common.evaluate(model, images, **SETTINGS, eot=2, seed=3) for _ in range(2))
+    assert first == second and first["attack"]["draws"] == 10 and torch.equal(state, torch.get_rng_state())
+    others = [common.evaluate(model, images, **SETTINGS, eot=2, seed=seed) for seed in (4, 5, 6)]
+    assert any(other["robust_acc"] != first["robust_acc"] for other in others)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_numbers_never_become_an_accuracy(value, robust, digits):
+    broken = Wrapped(robust, lambda model, x: model(x) * torch.where(torch.arange(10) == 3, value, 1.0))
+    with pytest.raises(common.Fault, match="not finite"):
+        common.evaluate(broken, digits.test, **SETTINGS)
+    with pytest.raises(common.Fault, match="not finite"):
+        common.pgd(broken, torch.rand(4, 1, 8, 8), torch.arange(4), 0.2, 0.05, 3)
+
+
+def test_transfer_is_weaker_than_white_box(robust, standard, digits):
+    white = common.evaluate(robust, digits.test, **SETTINGS)["robust_acc"]
+    assert common.transfer(robust, standard, digits.test, **SETTINGS) > white
+    own = common.transfer(robust, robust, digits.test, **SETTINGS)
+    assert own == pytest.approx(white, abs=2)
+
+
+# ---------------------------------------------------------------- CSTAR: projection
+
+SHAPES = [((6, 5, 3, 3), (2, 3)), ((4, 7, 3, 3), (3, 2)), ((5, 6, 1, 1), (2,)), ((8, 5), (3,))]
+
+
+@pytest.mark.parametrize("shape, rank", SHAPES)
+def test_cstar_projection_has_the_rank_is_idempotent_and_pythagorean(shape, rank):
+    for hooi in (0, 3):
+        w = conv_weight(*shape)
+        p = cstar.project(w, rank, hooi)
+        ranks = [torch.linalg.matrix_rank(cstar.unfold(p, mode)).item() for mode in (0, 1)]
+        assert ranks == list(rank if len(rank) == 2 else rank * 2)
+        assert (cstar.project(p, rank, hooi) - p).abs().max() < 1e-9
+        assert w.square().sum() == pytest.approx((p.square().sum() + (w - p).square().sum()).item(), rel=1e-9)
+        full = shape[:2] if len(rank) == 2 else (min(shape[:2]),)
+        assert torch.allclose(cstar.project(w, full, hooi), w)
+    assert torch.equal(w, conv_weight(*shape))                               # the input is as it was
+
+
+def alternating(w, ro, ri, seed, sweeps=60):
+    """Tucker-2 by alternating least squares from a random start, in numpy: an oracle that shares no code."""
+    w, rng = w.numpy(), np.random.default_rng(seed)
+    b = np.linalg.qr(rng.standard_normal((w.shape[1], ri)))[0]
+    for _ in range(sweeps):
+        a = np.linalg.svd(np.einsum("scxy,ci->sixy", w, b).reshape(w.shape[0], -1), full_matrices=False)[0][:, :ro]
+        half = np.einsum("scxy,so->ocxy", w, a).transpose(1, 0, 2, 3).reshape(w.shape[1], -1)
+        b = np.linalg.svd(half, full_matrices=False)[0][:, :ri]
+    return (w**2).sum() - (np.einsum("scxy,so,ci->oixy", w, a, b) ** 2).sum()
+
+
+@pytest.mark.parametrize("shape, rank", SHAPES[:2])
+def test_cstar_projection_is_near_the_best_of_fifty_alternating_runs(shape, rank):
+    w = conv_weight(*shape)
+    best = min(alternating(w, *rank, seed) for seed in range(50))
+    error = [(w - cstar.project(w, rank, hooi)).square().sum().item() for hooi in (0, 30)]
+    assert best - 1e-9 <= error[1] <= error[0] <= 2 * best and error[1] <= 1.05 * best
+
+
+@pytest.mark.parametrize("shape, rank", SHAPES[:2])
+def test_cstar_projection_with_sweeps_is_within_one_per_cent_of_tensorly(shape, rank):
+    pytest.importorskip("tensorly")
+    from tensorly.decomposition import partial_tucker
+    from tensorly.tenalg import multi_mode_dot
+    w = conv_weight(*shape)
+    (core, factors), _ = partial_tucker(w.numpy(), rank=list(rank), modes=[0, 1], init="svd")
+    theirs = np.square(w.numpy() - multi_mode_dot(core, factors, modes=[0, 1])).sum()
+    assert (w - cstar.project(w, rank, 50)).square().sum().item() <= 1.01 * theirs
+
+
+@pytest.mark.parametrize("shape, rank", SHAPES)
+def test_cstar_error_table_equals_direct_computation(shape, rank):
+    w = conv_weight(*shape)
+    table = cstar.error_table(w)
+    for pair in np.ndindex(*table.shape):
+        rank = tuple(i + 1 for i in pair[:len(rank)])
+        assert table[pair].item() == pytest.approx((w - cstar.project(w, rank)).square().sum().item(), abs=1e-9)
+
+
+# ---------------------------------------------------------------- CSTAR: ranks
+
+def spent(weights, ranks):
+    return sum(cstar.cost(w.shape, ranks[name]) for name, w in weights.items())
+
+
+def relative_error(weights, ranks):
+    return sum(((w - cstar.project(w, ranks[n])).square().sum() / w.square().sum()).item() for n, w in weights.items())
+
+
+def decaying(*shape, seed):
+    """A weight whose singular values fall, as those of a trained network do."""
+    w = conv_weight(*shape, seed=seed)
+    return w * torch.arange(1, shape[0] + 1).view(-1, *[1] * (len(shape) - 1)) ** -1.0
+
+
+def test_cstar_ranks_are_near_an_exhaustive_search():
+    weights = {"a": decaying(4, 3, 3, 3, seed=1), "b": decaying(5, 4, 3, 3, seed=2), "c": decaying(6, 5, seed=3)}
+    options = []
+    for w in weights.values():
+        ranks = [(r,) for r in range(1, 6)] if w.ndim == 2 else list(itertools.product(*(range(1, n + 1) for n in w.shape[:2])))
+        options.append([(cstar.cost(w.shape, r), relative_error({0: w}, {0: r})) for r in ranks] + [(w.numel(), 0.0)])
+    total = sum(w.numel() for w in weights.values())
+    largest_step = max(c for option in options for c, _ in option) / 4
+    least = sum(option[0][0] for option in options)
+    for budget in range(math.ceil(least + largest_step), total, total // 12):
+        best = min(sum(e for _, e in pick) for pick in itertools.product(*options) if sum(c for c, _ in pick) <= budget)
+        ranks = cstar.choose_ranks(weights, budget)
+        uniform = cstar.choose_ranks(weights, budget, "uniform")
+        assert spent(weights, ranks) <= budget and spent(weights, uniform) <= budget
+        # What nesting may cost: the last step that does not fit is left out, though a smaller one elsewhere would.
+        slack = min(sum(e for _, e in p) for p in itertools.product(*options) if sum(c for c, _ in p) <= budget - largest_step)
+        assert best - 1e-9 <= relative_error(weights, ranks) <= 1.05 * slack + 1e-9
+        assert relative_error(weights, uniform) >= best - 1e-9
+
+
+@pytest.fixture(scope="module")
+def resnet18_weights():
+    torch.manual_seed(0)
+    model = common.build_network("resnet18", 16, 3, 10, (32, 32))
+    weights = {n: m.weight.detach() for n, m in cstar.factorisable(model).items()}
+    for w in weights.values():                                               # power-law spectra in both modes
+        w *= torch.arange(1, w.shape[0] + 1).view(-1, 1, 1, 1) ** -0.7 * torch.arange(1, w.shape[1] + 1).view(-1, 1, 1) ** -0.4
+    return model, weights
+
+
+@pytest.mark.parametrize("rule", ["hull", "uniform"])
+def test_cstar_budget_is_exact_and_ranks_never_grow_with_the_ratio(resnet18_weights, rule):
+    model, weights = resnet18_weights
+    before, kept = None, 11173962 - sum(w.numel() for w in weights.values())
+    begin = time.process_time()
+    for ratio in (2, 4, 8, 16, 32, 64):
+        ranks = cstar.choose_ranks(weights, cstar.parameter_budget(model, ratio), rule)
+        share = (kept + spent(weights, ranks)) * ratio / 11173962
+        assert share <= 1 and (rule == "uniform" or share >= 0.995), (ratio, share)
+        full = {n: ranks[n] or tuple(w.shape[:2]) for n, w in weights.items()}
+        if before:
+            assert all(a <= b for n in full for a, b in zip(full[n], before[n]))
+        before = full
+    assert time.process_time() - begin < 6 * 3
+
+
+def test_cstar_built_network_has_at_most_the_parameters_of_the_ratio(resnet18_weights):
+    model, weights = resnet18_weights
+    ranks = cstar.choose_ranks(weights, cstar.parameter_budget(model, 64))
+    count = sum(p.numel() for p in cstar.factorise(copy.deepcopy(model), ranks).parameters())
+    assert 0.995 * 11173962 / 64 <= count <= 11173962 / 64
+
+
+def test_cstar_ranks_ignore_order_and_scale_of_the_layers():
+    weights = {"a": decaying(8, 6, 3, 3, seed=1), "b": decaying(6, 8, 3, 3, seed=2), "c": decaying(8, 9, seed=3)}
+    ranks = cstar.choose_ranks(weights, 500)
+    assert cstar.choose_ranks(dict(reversed(weights.items())), 500) == ranks
+    assert cstar.choose_ranks(weights | {"a": 10 * weights["a"]}, 500) == ranks
+    assert len({r for r in ranks.values()}) > 1 and cstar.choose_ranks(weights, 10**6) == dict.fromkeys(weights)
+
+
+def test_cstar_impossible_ratio_names_the_largest_possible_one():
+    model = resnet()
+    with pytest.raises(common.UsageFault, match="from 1 to") as fault:
+        cstar.parameter_budget(model, 1000)
+    largest = float(re.search(r"to ([\d.]+),", str(fault.value))[1])
+    assert cstar.parameter_budget(model, largest) >= 0
+    with pytest.raises(common.UsageFault):
+        cstar.parameter_budget(model, largest + 0.02)
+
+
+# ---------------------------------------------------------------- CSTAR: ADMM and factors
+
+def one_layer(w):
+    layer = nn.Conv2d(w.shape[1], w.shape[0], w.shape[2], bias=False).double()
+    layer.weight.data = w.clone()
+    return layer
+
+
+def test_cstar_penalty_gradient_is_rho_times_w_minus_z_plus_u_after_any_number_of_updates():
+    layer = one_layer(conv_weight(5, 4, 3, 3))
+    admm = cstar.ADMM({"l": layer}, {"l": (2, 2)}, rho=0.7)
+    for updates in range(6):
+        gradient, = torch.autograd.grad(admm.penalty(), layer.weight)
+        assert torch.allclose(gradient, 0.7 * (layer.weight - admm.z["l"] + admm.u["l"]))
+        before, w = admm.u["l"], layer.weight.detach().clone()
+        admm.update()
+        assert torch.allclose(admm.z["l"], cstar.project(w + before, (2, 2)))                    # [F]
+        assert torch.allclose(admm.u["l"], before + w - admm.z["l"]) and not admm.u["l"].requires_grad    # [G]
+        layer.weight.data += 0.1 * conv_weight(5, 4, 3, 3, seed=updates + 1)
+
+
+def test_cstar_admm_converges_on_a_quadratic():
+    target = conv_weight(32, 24, 3, 3)
+    layer = one_layer(target)
+    admm = cstar.ADMM({"l": layer}, {"l": (8, 6)}, rho=2.0)
+    first = (target - admm.z["l"]).square().sum()
+    for _ in range(20):
+        layer.weight.data = (target + 2 * (admm.z["l"] - admm.u["l"])) / 3   # the exact W-step
+        residual = admm.update()
+    assert residual < 1e-2 and (target - admm.z["l"]).square().sum() < first  # feasible, and better than cutting at once
+
+
+@pytest.mark.parametrize("layer, rank, size", [
+    (nn.Conv2d(6, 8, 3, stride=2, padding=1, bias=False), (3, 4), 9), (nn.Conv2d(6, 8, 3, dilation=2, padding=2), (2, 5), 9),
+    (nn.Conv2d(6, 8, 1, stride=2), (4,), 9), (nn.Conv2d(6, 8, (1, 3), padding=(0, 1)), (3, 3), 9), (nn.Linear(6, 8), (3,), 0)])
+def test_cstar_factorised_layer_equals_the_projected_one(layer, rank, size):
+    x = torch.randn(3, 6, size, size) if size else torch.randn(3, 6)
+    model = nn.Sequential(copy.deepcopy(layer))
+    thin = cstar.factorise(copy.deepcopy(model), {"0": rank})
+    model[0].weight.data = cstar.project(model[0].weight.data, rank)
+    assert isinstance(thin[0], nn.Sequential)
+    assert torch.allclose(thin(x), model(x), atol=1e-5, rtol=1e-5)
+    assert sum(p.numel() for p in thin.parameters()) == cstar.cost(layer.weight.shape, rank) + (layer.bias is not None) * 8
+
+
+def test_cstar_factorised_network_equals_the_projected_dense_one():
+    model = resnet(width=2).double().eval()
+    layers = cstar.factorisable(model)
+    ranks = cstar.choose_ranks({n: m.weight.detach() for n, m in layers.items()}, cstar.parameter_budget(model, 4))
+    thin, x = cstar.factorise(copy.deepcopy(model), ranks), torch.rand(4, 1, 8, 8, dtype=torch.float64)
+    unequal = (thin(x) - model(x)).abs().max()
+    for name, layer in layers.items():
+        layer.weight.data = cstar.project(layer.weight.data, ranks[name])
+    assert (thin(x) - model(x)).abs().max() < 1e-5 * model(x).abs().max() < unequal
+    x_adv = [common.pgd(m, x, torch.arange(4), 0.2, 0.05, 5, random_start=False) for m in (thin, model)]
+    assert torch.allclose(*x_adv, atol=1e-6)
+
+
+def test_cstar_batch_norm_is_the_average_over_batches():
+    model = nn.Sequential(nn.BatchNorm2d(2))
+    batches = [(torch.randn(8, 2, 3, 3) + i, None) for i in range(4)]
+    cstar.reestimate_batchnorm(model, batches, most=3)
+    assert torch.allclose(model[0].running_mean, torch.stack([x.mean((0, 2, 3)) for x, _ in batches[:3]]).mean(0), atol=1e-6)
+    assert model[0].momentum == 0.1
+
+
+# ---------------------------------------------------------------- runs end to end
+
+def test_cstar_run_writes_a_smaller_file_that_is_what_it_reports(finished, digits):
+    folder, result = finished
+    artifact = torch.load(folder / "model.pt", weights_only=True)
+    model = common.load_model(folder / "model.pt")
+    count = sum(p.numel() for p in model.parameters())
+    dense = common.load_model(folder / "dense.pt")
+    assert result["parameters"] == count <= sum(p.numel() for p in dense.parameters()) / 4
+    assert result["bytes"] == os.path.getsize(folder / "model.pt") < result["dense_bytes"] == os.path.getsize(folder / "dense.pt")
+    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(result))
+    images = [t[common.balanced(digits.test[1].numpy(), 40)] for t in digits.test]
+    again = common.evaluate(model, images, epsilon=0.2, step_size=0.05, num_steps=3)
+    assert {k: result[k] for k in again} == again
+    cstar.build(artifact).load_state_dict(artifact["state"], strict=True)
+    phases = [line.get("phase") for line in map(json.loads, open(folder / "log.jsonl"))]
+    assert phases.count("pretrain") == phases.count("admm") == phases.count("finetune") == 2 and phases[-1] == "final"
+
+
+def test_saved_network_can_be_exported(finished):
+    model, x = common.load_model(finished[0] / "model.pt"), torch.rand(2, 1, 8, 8)
+    exported = torch.export.export(model, (x,)).module()
+    assert torch.allclose(exported(x), model(x), atol=1e-6)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("saves", range(1, 10))
+def test_resume_equals_the_uninterrupted_run_bit_for_bit(finished, tmp_path, monkeypatch, saves):
+    """Stopped right after the n-th checkpoint: before, within and at the end of each of the three phases."""
+    save, count = common.Run.save, itertools.count(1)
+
+    def stopping(run, *args):
+        save(run, *args)
+        if next(count) == saves:
+            raise Stop
+    monkeypatch.setattr(common.Run, "save", stopping)
+    with pytest.raises(Stop):
+        tiny(tmp_path / "run")
+    monkeypatch.undo()
+    torch.manual_seed(12345)                                                 # whatever came between
+    tiny(tmp_path / "run", "--resume")
+    assert same_weights(finished[0] / "model.pt", tmp_path / "run/model.pt")
+    assert same_weights(finished[0] / "dense.pt", tmp_path / "run/dense.pt")
+    lines = [[{k: v for k, v in json.loads(line).items() if k not in ("seconds", "output")} for line in open(f / "log.jsonl")]
+             for f in (finished[0], tmp_path / "run")]
+    assert lines[0] == lines[1]
+
+
+def test_resume_of_a_finished_run_prints_its_result_and_other_runs_are_refused(finished, capsys):
+    folder, result = finished
+    assert tiny(folder, "--resume") == json.loads(json.dumps(result))
+    for more, words in (((), "finished"), (("--seed", "1"), "different run.*seed"), (("--rho", "0.5"), "different run.*rho")):
+        with pytest.raises(common.UsageFault, match=words):
+            tiny(folder, *more)
+
+
+def test_pretrained_network_skips_the_first_phase(finished, tmp_path):
+    epochs = TINY.index("--pretrain-epochs")
+    flags = TINY[:epochs] + TINY[epochs + 2:]
+    result = cstar.main([*flags, "--output", str(tmp_path / "run"), "--pretrained", str(finished[0] / "dense.pt")])
+    assert same_weights(finished[0] / "dense.pt", tmp_path / "run/dense.pt")
+    assert result["dense"] == finished[1]["dense"] and result["ranks"] == finished[1]["ranks"]
+
+
+@pytest.mark.parametrize("more", [("--admm-epochs", "0"), ("--rank-rule", "uniform"), ("--rho", "0.1"), ("--hooi", "2"),
+                                  ("--amp", "off" if common.bfloat16_is_fast("cpu") else "on"), ("--admm-lr", "0.001"), ("--finetune-lr", "0.001"), ("--weight-decay", "0.1"),
+                                  ("--momentum", "0.5"), ("--finetune-epochs", "0")])
+def test_cstar_flags_do_something(finished, tmp_path, more):
+    tiny(tmp_path / "run", *more)
+    assert not same_weights(finished[0] / "model.pt", tmp_path / "run/model.pt")
+
+
+def spawn(*command, cwd=HERE, **more):
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, **more)
+
+
+@pytest.mark.parametrize("sent, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_stops_at_once_and_says_how_to_continue(tmp_path, sent, status):
+    process = spawn("cstar.py", *TINY, "--pretrain-epochs", "500", "--output", tmp_path / "run")
+    for line in process.stdout:
+        if "epoch:1 " in line:
+            break
+    process.send_signal(sent)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == status and errors.count("\n") == 1 and "--resume" in errors
+    assert (tmp_path / "run/last.pt").is_file() and not list((tmp_path / "run").glob("*.tmp"))
+
+
+# ---------------------------------------------------------------- wrong input
+
+def run_cli(main, argv, monkeypatch):
+    """(exit status, stderr) of a script called with these arguments, and of any traceback: none is wanted."""
+    errors = io.StringIO()
+    monkeypatch.setattr(sys, "argv", ["cstar.py", *argv])
+    before = signal.getsignal(signal.SIGTERM)
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit) as stop:
+        common.cli(main)
+    signal.signal(signal.SIGTERM, before)
+    return stop.value.code, errors.getvalue()
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--epsilon 8", "--epsilon.*8 is not.*0 to 1.*8/255"), ("--epsilon nan", "--epsilon"), ("--lr inf", "--lr"),
+    ("--lr 0", "--lr"), ("--epsilon 8/0", "--epsilon"), ("--batch-size 1", "--batch-size.*from 2"), ("--ratio 0.5", "--ratio"),
+    ("--ratio 500", "--ratio.*500 is not from 1 to"), ("--epoch 3", "unrecognized.*--epoch"), ("--width 1.5", "--width"),
+    ("--arch resnet", "--arch"), ("--device cuda:77", "--device.*cuda:77"), ("--device gpu", "--device.*gpu"),
+    ("--arch vgg16", "--arch.*too deep.*8x8"), ("--eval-images 361", "--eval-images.*361.*360"), ("--seed -1", "--seed"),
+    ("--train-images 5", "--train-images.*5 is not"), ("--pretrained nowhere.pt", "nowhere.pt"),
+    ("--pretrained x.pt --pretrain-epochs 3", "--pretrain-epochs.*--pretrained"), ("--dataset mydata", "mydata.*--epsilon"),
+    ("--dataset mydata --epsilon 8/255", "mydata"), ("--rank-rule best", "--rank-rule")])
+def test_wrong_flags_are_one_line_exit_2_and_write_nothing(tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    status, errors = run_cli(cstar.main, ["--dataset", "digits", *flags.split()], monkeypatch)
+    assert errors.count("\n") == 1 and re.search(words, errors), errors
+    assert status == (1 if "nowhere" in flags else 2) and list(tmp_path.iterdir()) == []
+
+
+def flipped(data, position):
+    return data[:position] + bytes([data[position] ^ 4]) + data[position + 1:]
+
+
+def test_a_flipped_bit_is_refused_or_harmless(finished, tmp_path):
+    data, state, refused = (finished[0] / "model.pt").read_bytes(), weights_of(finished[0] / "model.pt"), 0
+    for position in np.random.default_rng(0).integers(0, len(data), 100):
+        (tmp_path / "flipped.pt").write_bytes(flipped(data, position))
+        try:
+            loaded = common.load_model(tmp_path / "flipped.pt").state_dict()
+            assert all(torch.equal(loaded[k], v) for k, v in state.items())  # the bit was in padding
+        except common.Fault:
+            refused += 1
+    assert refused > 50
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+@pytest.mark.parametrize("damage", [lambda data: flipped(data, data.index(b"layer1")), lambda data: data[:-100], lambda data: b"", lambda data: b"<html>404</html>",
+                                    lambda data: pickle.dumps(Hostile())])
+@pytest.mark.parametrize("name", ["model.pt", "last.pt"])
+def test_damaged_files_are_refused(finished, tmp_path, monkeypatch, damage, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(damage((finished[0] / name).read_bytes()))
+    argv = ["evaluate", name] if name == "model.pt" else [*TINY, "--output", ".", "--resume"]
+    status, errors = run_cli(common.main if name == "model.pt" else cstar.main, argv, monkeypatch)
+    assert status == 1 and errors.count("\n") == 1 and "damaged" in errors, errors
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_files_of_other_content_are_refused(finished, tmp_path):
+    artifact = torch.load(finished[0] / "model.pt", weights_only=True)
+    key = next(iter(artifact["state"]))
+    changes = {"a script": dict(script="../evil"), "not beside": dict(script="nothing_here"), "damaged or not": dict(format=2),
+               "not finite": dict(state=artifact["state"] | {key: artifact["state"][key] * math.nan}),
+               "does not fit": dict(network=artifact["network"] | {"width": 2}),
+               "fit the network": dict(ranks=artifact["ranks"] | {"layer4.1.conv2": (7, 5)})}
+    for words, change in changes.items():
+        torch.save(artifact | change, tmp_path / "changed.pt")
+        with pytest.raises(common.Fault, match=words):
+            common.load_model(tmp_path / "changed.pt")
+    torch.save({"hostile": Hostile()}, tmp_path / "changed.pt")
+    with pytest.raises(common.Fault, match="damaged or not"):
+        common.load_model(tmp_path / "changed.pt")
+    assert not (tmp_path / "hacked").exists() and not Path("hacked").exists()
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda root: (root / "train/ant/0.png").write_text("no image"), "ant/0.png cannot be read"),
+    (lambda root: write_images(root / "x", size=(4, 4)) or os.replace(root / "x/train/ant/0.png", root / "test/bee/0.png"),
+     r"bee/0.png is \(4, 4\)"),
+    (lambda root: [p.unlink() for p in (root / "test/bee").iterdir()], "bee holds no images"),
+    (lambda root: (root / "test/bee").rename(root / "test/wasp"), "class folders.*wasp"),
+    (lambda root: (root / "test").rename(root / "held-out"), "class folders")])
+def test_bad_class_folders_are_one_sentence(tmp_path, monkeypatch, spoil, words):
+    write_images(tmp_path / "zoo")
+    spoil(tmp_path / "zoo")
+    argv = ["--dataset", "zoo", "--data-dir", str(tmp_path), "--epsilon", "0.1", "--output", str(tmp_path / "run")]
+    status, errors = run_cli(cstar.main, argv, monkeypatch)
+    assert status == 1 and errors.count("\n") == 1 and re.search(words, errors), errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_absent_data_set_says_where_to_put_it(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("torchvision.datasets")
+
+    def unreachable(*_, **__):
+        raise OSError("Network is unreachable")
+    monkeypatch.setattr(datasets, "CIFAR10", unreachable)
+    status, errors = run_cli(cstar.main, ["--data-dir", str(tmp_path)], monkeypatch)
+    assert status == 1 and errors.count("\n") == 1 and "unreachable" in errors and "--dataset digits" in errors
+
+
+def test_disk_that_is_full_keeps_the_file_before(tmp_path, monkeypatch):
+    common.save_file(tmp_path / "f.pt", dict(format=1, a=1))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(common.Fault, match="No space left.*MiB are free"):
+        common.save_file(tmp_path / "f.pt", dict(format=1, a=2))
+    assert common.read_file(tmp_path / "f.pt", "a")["a"] == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_diverged_training_stops_with_a_sentence(tmp_path, monkeypatch):
+    argv = [*TINY, "--lr", "10", "--weight-decay", "1", "--pretrain-epochs", "50", "--output", str(tmp_path / "run")]
+    status, errors = run_cli(cstar.main, argv, monkeypatch)
+    assert status == 1 and errors.count("\n") == 1 and "diverged" in errors and not (tmp_path / "run/result.json").exists()
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "log.jsonl").touch()
+    with open(tmp_path / "log.jsonl") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        status, errors = run_cli(cstar.main, [*TINY, "--output", str(tmp_path)], monkeypatch)
+    assert status == 2 and "another process" in errors
+
+
+# ---------------------------------------------------------------- commands and documents
+
+def test_compare_joins_seeds_and_draws(finished, tmp_path, capsys):
+    tiny(tmp_path / "other", "--seed", "1")
+    capsys.readouterr()
+    pytest.importorskip("matplotlib")
+    common.main(["compare", str(finished[0]), str(tmp_path / "other"), "--plot", str(tmp_path / "picture.png")])
+    rows = capsys.readouterr().out.strip().splitlines()
+    assert len(rows) == 3 and "2 seeds" in rows[2] and len({row.count("|") for row in rows}) == 1
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_label_of_a_docstring_stands_in_the_code(script):
+    text = (HERE / f"{script}.py").read_text()
+    docstring = ast.get_docstring(ast.parse(text), clean=False)
+    code = text.replace(docstring, "", 1)
+    labels = set(re.findall(r"\[[A-Z]\]", docstring))
+    assert len(labels) >= 4 and labels == set(re.findall(r"\[[A-Z]\]", code))
+
+
+def readme_commands():
+    text = (HERE / "README.md").read_text()
+    lines = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()]
+    return [part.strip() for line in lines for part in line.split("&&") if part.strip().startswith("python ")]
+
+
+def test_readme_commands_parse_and_its_tables_are_what_compare_prints(capsys, monkeypatch):
+    monkeypatch.chdir(HERE)
+    text, commands = (HERE / "README.md").read_text(), readme_commands()
+    assert len(commands) >= 4
+    for command in commands:
+        _, script, *argv = shlex.split(command)
+        if script == "common.py" and argv[0] == "compare":
+            folders = [f for pattern in argv[1:] for f in sorted(map(str, Path().glob(pattern)))]
+            capsys.readouterr()
+            common.main(["compare", *folders])
+            assert all(line in text for line in capsys.readouterr().out.strip().splitlines())
+        elif script == "common.py":
+            assert Path(argv[1]).is_file()
+        elif script != "-m":
+            importlib.import_module(script.removesuffix(".py")).get_args([*argv, "--device", "cpu"])
+
+
+@pytest.mark.parametrize("folder", sorted((HERE / "results").glob("*/")), ids=lambda folder: folder.name)
+def test_results_hold_the_log_that_ends_in_their_result(folder):
+    result = json.loads((folder / "result.json").read_text())
+    last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+    assert last["phase"] == "final" and all(last[k] == result[k] for k in ("clean_acc", "robust_acc", "bytes", "images"))
+    if (folder / "model.pt").is_file():
+        assert (folder / "model.pt").stat().st_size == result["bytes"] < 10**6
+        common.load_model(folder / "model.pt")
