@@ -107,18 +107,21 @@ def resolve(parser, argv, compress):
 
 
 def check_device(name):
-    """'auto', 'cpu', 'cuda' or 'cuda:1' -> the device's name; UsageFault if it is not there."""
-    there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cuda"] * torch.cuda.is_available()
-    if name != "auto" and name not in there:
-        raise UsageFault(f"argument --device: {name} is not on this machine, which has {', '.join(there)}")
-    return there[-1] if name == "auto" else name
+    """'auto', 'cpu', 'cuda' or 'cuda:1' -> 'cpu' or 'cuda:N'; UsageFault if that is not there."""
+    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+    if name == "auto" or name == "cuda" and cuda:
+        return [*cuda, "cpu"][0]
+    if name not in ["cpu", *cuda]:
+        raise UsageFault(f"argument --device: {name} is not on this machine, which has {', '.join(['cpu', *cuda])}")
+    return name
 
 
 def bfloat16_is_fast(device):
     """Whether the hardware multiplies bfloat16; where it does, training is 2 to 3 times as fast as in float32."""
     if device != "cpu":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    features = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")         # absent in some builds of torch
+    return any(getattr(torch.cpu, feature, bool)() for feature in features)
 
 
 def autocast(args):
@@ -437,6 +440,7 @@ def prepare(model, args):
     if args.compile and args.device == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise UsageFault("argument --compile: torch.compile needs a C++ compiler, and none is on the PATH")
     model.to(args.device, memory_format=torch.channels_last)
+    torch.backends.cudnn.benchmark = True
     if args.compile:
         model.compile()
     return model
@@ -571,17 +575,18 @@ def first_break(model, images, generator, *, epsilon, step_size, num_steps, rest
             noise = 2 * torch.rand(x.shape, generator=generator, device=x.device) - 1           # drawn for all images
             right = logits_of(model, x).argmax(1) == y
             first[~right] = -1
-            x, y, at = x[right], y[right], torch.full_like(y[right], num_steps + 1)
-            start = x + epsilon * noise[right] if random_start else x
-            x_adv = pgd(model, x, y, epsilon, step_size, num_steps, loss=loss, start=start, broken_at=at)
-            if len(y):
+            if right.any():
+                x, y, at = x[right], y[right], torch.full_like(y[right], num_steps + 1)
+                start = x + epsilon * noise[right] if random_start else x
+                x_adv = pgd(model, x, y, epsilon, step_size, num_steps, loss=loss, start=start, broken_at=at)
                 at[(logits_of(model, x_adv).argmax(1) != y) & (at > num_steps)] = num_steps
-            first[right] = torch.minimum(first[right], at)
+                first[right] = torch.minimum(first[right], at)
     return result
 
 
-def batched(images, labels, *more, size=250):
+def batched(images, labels, *more):
     """Yields (x float, y, ...) in batches; what comes after y are views that may be written to."""
+    size = 1000 if images.is_cuda else 250
     for x, *rest in zip(images.split(size), labels.split(size), *(m.split(size) for m in more)):
         yield to_float(x), *rest
 
@@ -737,22 +742,32 @@ def read_file(path, *keys):
 
 
 def save_model(path, script, network, model, args, **more):
-    """Writes a network as a file that load_model reads on any machine; script.build(artifact) makes it again."""
-    state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    """Writes a network as a file that load_model reads on any machine; script.build(artifact) makes it again.
+
+    All values stand in one tensor: a record of its own for each would be a sixth of a small file."""
+    state = {name: t.detach().cpu() for name, t in model.state_dict().items()}
+    values = {name: t for name, t in state.items() if t.is_floating_point()}
     judged = {k: getattr(args, k) for k in ("dataset", "epsilon", "step_size", "eval_steps", "restarts")}
-    save_file(path, dict(format=1, script=script, network=network, state=state, judged=judged, **more))
+    save_file(path, dict(format=1, script=script, network=network, judged=judged, **more,
+                         values=torch.cat([t.flatten() for t in values.values()]),
+                         shapes={name: list(t.shape) for name, t in values.items()},
+                         counters={name: t.item() for name, t in state.items() if name not in values}))
 
 
 def read_model(path):
-    """The artifact in a file that save_model wrote, and its network, a plain nn.Module in eval mode on the CPU."""
-    artifact = read_file(path, "script", "network", "state", "judged")
+    """What save_model wrote, with the weights as artifact["state"], and the network: an nn.Module in eval mode."""
+    artifact = read_file(path, "script", "network", "judged", "values", "shapes", "counters")
     script, folder = str(artifact["script"]), Path(__file__).resolve().parent
     if not script.isidentifier() or not (folder / f"{script}.py").is_file():
         raise Fault(f"{path} was made by a script named {script}, which is not beside common.py")
-    if not all(t.isfinite().all() for t in artifact["state"].values()):
+    if not artifact["values"].isfinite().all():
         raise Fault(f"{path} holds weights that are not finite")
-    sys.path.insert(0, str(folder))                                  # common.py may be imported from elsewhere
+    sys.path.insert(0, str(folder))                       # common.py may be imported from elsewhere
     try:
+        shapes = artifact["shapes"]
+        parts = artifact["values"].split([math.prod(shape) for shape in shapes.values()])
+        artifact["state"] = {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+        artifact["state"] |= {name: torch.tensor(count) for name, count in artifact["counters"].items()}
         return artifact, importlib.import_module(script).build(artifact).eval()
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as fault:
         raise Fault(f"{path} does not fit the network it names ({str(fault).splitlines()[0]})") from None
@@ -774,6 +789,8 @@ def build(artifact):
 
 def load_pretrained(model, path, network):
     """Loads a dense.pt into `model`; UsageFault unless it holds that architecture."""
+    if not Path(path).is_file():
+        raise UsageFault(f"argument --pretrained: there is no file {path}")
     artifact = read_model(path)[0]
     if artifact["script"] != "common" or artifact["network"] != network:
         raise UsageFault(f"argument --pretrained: {path} holds {artifact['network']} of {artifact['script']}.py, not {network}")
@@ -843,7 +860,8 @@ class Run:
 
     def log(self, **fields):
         """One line of key:value on stdout, and the same as JSON in log.jsonl."""
-        fields = {"phase": self.phase, **fields} if self.phase else fields
+        if self.phase:
+            fields = {"phase": self.phase, **fields, "seconds": round(time.time() - self.begin, 2)}
         print(*(f"{k}:{v:.5g}" if isinstance(v, float) else f"{k}:{v}" for k, v in fields.items()), flush=True)
         self.file.write(json.dumps(fields) + "\n")
         self.file.flush()
@@ -873,19 +891,19 @@ class Run:
             self.generator.set_state(self.saved["random"]["batches"])
             torch.set_rng_state(self.saved["random"]["cpu"])
             if self.args.device != "cpu":
-                torch.cuda.set_rng_state(self.saved["random"]["cuda"])
+                torch.cuda.set_rng_state(self.saved["random"]["cuda"], self.args.device)
             first, self.saved = self.saved["epoch"], None
         else:
             self.save(0, stateful)
         for epoch in range(first, count):
-            begin, self.label = time.time(), f"{phase} {epoch + 1}/{count}"
+            self.begin, self.label = time.time(), f"{phase} {epoch + 1}/{count}"
             yield epoch
-            self.seconds[phase] = self.seconds.get(phase, 0) + time.time() - begin
+            self.seconds[phase] = self.seconds.get(phase, 0) + time.time() - self.begin
             self.save(epoch + 1, stateful)
         self.phase = None
 
     def save(self, epoch, stateful):
-        cuda = torch.cuda.get_rng_state() if self.args.device != "cpu" else None
+        cuda = torch.cuda.get_rng_state(self.args.device) if self.args.device != "cpu" else None
         save_file(self.folder / "last.pt", dict(
             format=1, script=self.script, args=self.flags, phase=self.phase, epoch=epoch, memo=self.memo,
             states={name: thing.state_dict() for name, thing in stateful.items()}, seconds=self.seconds,
@@ -899,7 +917,7 @@ class Run:
 
     def finish(self, **more):
         """Reads dense.pt and model.pt back from disk, judges both, writes result.json and returns what is in it."""
-        self.phase, args, device, begin = "final", self.args, self.args.device, time.time()
+        self.phase, self.begin, args, device = "final", time.time(), self.args, self.args.device
         attack = dict(epsilon=args.epsilon, step_size=args.step_size, num_steps=args.eval_steps, seed=args.seed)
         files = [self.folder / "dense.pt", self.folder / "model.pt"]
         (artifact, dense), (_, compact) = map(read_model, files)
@@ -908,21 +926,21 @@ class Run:
         flags = sanity_flags(compact, self.data.test, **attack)
         size, macs = [file.stat().st_size for file in files], [count_macs(m, network) for m in models]
         parameters = [sum(p.numel() for p in m.parameters()) for m in models]
-        self.seconds = {k: round(v, 1) for k, v in (self.seconds | {"final": time.time() - begin}).items()}
+        self.seconds = {k: round(v, 1) for k, v in (self.seconds | {"final": time.time() - self.begin}).items()}
         self.result = dict(
             script=self.script, command=self.command, args=self.flags,
             versions=dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__),
-            device="cpu" if device == "cpu" else torch.cuda.get_device_name(), threads=torch.get_num_threads(),
+            device="cpu" if device == "cpu" else torch.cuda.get_device_name(device), threads=torch.get_num_threads(),
             seconds=self.seconds, train_images=len(self.data.train[1]), **judged[1], flags=flags, dense=judged[0],
             params_ratio=round(parameters[0] / parameters[1], 3), parameters=parameters[1], dense_parameters=parameters[0],
             nonzeros=sum(int(p.count_nonzero()) for p in compact.parameters()),
             bytes_ratio=round(size[0] / size[1], 3), bytes=size[1], dense_bytes=size[0],
             macs_ratio=round(macs[0] / macs[1], 3), macs=macs[1], dense_macs=macs[0],
             latency_ms={f"batch_{b}": dict(zip(("dense", "compact"), latency(models, network, b, device))) for b in (1, 128)},
-            gpu_memory_bytes=None if device == "cpu" else torch.cuda.max_memory_allocated(), **more)
+            gpu_memory_bytes=None if device == "cpu" else torch.cuda.max_memory_allocated(device), **more)
         shown = ("clean_acc", "robust_acc", "images", "params_ratio", "bytes_ratio", "bytes", "dense_bytes", "macs_ratio")
         self.log(**{k: self.result[k] for k in shown}, dense_clean_acc=judged[0]["clean_acc"],
-                 dense_robust_acc=judged[0]["robust_acc"], seconds=sum(self.seconds.values()), flags="; ".join(flags) or "none")
+                 dense_robust_acc=judged[0]["robust_acc"], flags="; ".join(flags) or "none")
         temporary = self.folder / "result.json.tmp"
         temporary.write_text(json.dumps(self.result, indent=1) + "\n")
         os.replace(temporary, self.folder / "result.json")

@@ -3,10 +3,10 @@
 Phan, Yin, Sui, Yuan, Zonouz: CSTAR: Towards Compact and Structured Deep Neural Networks with Adversarial
 Robustness. AAAI 2023, arXiv 2212.01957.
 
-The idea: every convolution is to be a Tucker-2 product of three thin ones; ADMM pulls the dense weights towards
-tensors of that form while they are trained on adversarial images, so that the final cut costs little.
+The idea: every convolution is to be a Tucker-2 product of three thin ones; ADMM pulls the dense weights
+towards tensors of that form while they train on adversarial images, so that the final cut costs little.
 
-  [A]  min_W  E max_{|d| <= epsilon} loss(f_W(x + d), y)     s.t. every W_l is of Tucker-2 form, sizes within a budget
+  [A]  min_W  E max_{|d| <= epsilon} loss(f_W(x + d), y)    s.t. W_l of Tucker-2 form, sizes within a budget
   [B]  W = G x_1 A x_2 B,  G (ro, ri, k, k), A (S, ro), B (C, ri);     parameters  C ri + k k ro ri + S ro
   [C]  E(ro, ri) = ||W||^2 - sum of squares of the leading ro x ri block of the full HOSVD core
   [D]  ranks of all layers together: least sum_l E_l / ||W_l||^2  with all parameters <= total / ratio
@@ -14,18 +14,17 @@ tensors of that form while they are trained on adversarial images, so that the f
   [F]  Z <- project(W + U)                                    truncated HOSVD, --hooi N sweeps on top
   [G]  U <- U + W - Z                                         scaled dual
   [H]  W <- project(W), factorised into 1x1 - kxk - 1x1; then fine-tuned like [A], the factors being free
+S, C, k: output and input channels, kernel. A 1x1 kernel or linear layer is a matrix: two factors, one rank.
 
-S, C, k: output channels, input channels, kernel. A 1x1 kernel or a linear layer is a matrix: two factors, one rank.
-
-What is whose. The paper's body was not available: from its abstract come [A], low rank in one framework with
-robustness, ranks determined globally, and ratios 2 to 64. [B] and [E] to [H] are those of the Tucker-2 ADMM code of
-the same group (Yin et al., CVPR 2021), with the adversarial loss put in. [C], [D], the rule for rho and every
-epoch count are our reconstruction. The first convolution and the classifier stay dense; ratio counts all parameters.
+What is whose. The paper's body was not available: from its abstract come [A], low rank in one framework
+with robustness, ranks determined globally, and ratios 2 to 64. [B] and [E] to [H] are those of the same
+group's Tucker-2 ADMM code (Yin et al., CVPR 2021), with the adversarial loss put in. [C], [D], the rule for
+rho and every epoch count are our reconstruction. The first convolution and the classifier stay dense.
 
   python cstar.py --dataset digits                     two minutes on two CPU cores, no network
   python cstar.py --arch resnet18 --ratio 16           CIFAR-10 at full width, for a GPU
-The numbers these gave are in README.md. Of the paper's own, only differences are known (abstract): ResNet-18 on
-CIFAR-10, up to 20.07 points of clean and 11.91 of robust accuracy over robust structured pruning.
+The numbers these gave are in README.md. Of the paper's own, only differences are known (abstract): up to
+20.07 points of clean and 11.91 of robust accuracy over robust structured pruning, ResNet-18 on CIFAR-10.
 """
 import bisect
 import math
@@ -36,18 +35,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (Fault, Parser, Run, UsageFault, NETWORKS, autocast, build_network, cli, load_data, load_pretrained,
-                    network_of, number, pgd, prepare, radius, resolve, save_model, sgd, whole)
+from common import (NETWORKS, Fault, Parser, Run, UsageFault, autocast, build_network, cli, load_data, sgd,
+                    load_pretrained, network_of, number, pgd, prepare, radius, resolve, save_model, whole)
 
 
 def get_args(argv=None):
     parser = Parser(__doc__, prog=Path(__file__).name)
     run = parser.add_argument_group("run")
-    run.add_argument("--dataset", default="cifar10", help="digits, mnist, cifar10, cifar100, svhn or a folder's name")
+    run.add_argument("--dataset", default="cifar10", help="digits, mnist, cifar10, cifar100, svhn, a folder")
     run.add_argument("--data-dir", default="data", help="where data sets are looked for and downloaded to")
     run.add_argument("--workers", type=whole(1, 256), default=8, help="threads that decode class folders")
     run.add_argument("--train-images", type=whole(0), default=0, help="balanced subset to train on; 0 is all")
-    run.add_argument("--eval-images", type=whole(0), help="the same of the test images (default: 1000 on a CPU)")
+    run.add_argument("--eval-images", type=whole(0), help="the same of the test set (default: 1000 on a CPU)")
     run.add_argument("--arch", choices=NETWORKS)
     run.add_argument("--width", type=whole(1, 64), help="16 is the standard network")
     run.add_argument("--seed", type=whole(0), default=0)
@@ -71,12 +70,12 @@ def get_args(argv=None):
     attack.add_argument("--eval-steps", type=whole(1, 10000), default=50, help="PGD steps in evaluation")
     attack.add_argument("--restarts", type=whole(1, 1000), default=2, help="random starts in evaluation")
     paper = parser.add_argument_group("CSTAR")
-    paper.add_argument("--ratio", type=number(1, 10000), default=16, help="dense parameters / compact parameters")
-    paper.add_argument("--rank-rule", choices=("hull", "uniform"), default="hull", help="[D], or one fraction for all layers")
+    paper.add_argument("--ratio", type=number(1, 10000), default=16, help="dense / compact parameters")
+    paper.add_argument("--rank-rule", choices=("hull", "uniform"), default="hull", help="[D] or one fraction")
     paper.add_argument("--admm-epochs", type=whole(0, 10000), help="0 is the one-shot baseline")
-    paper.add_argument("--admm-lr", type=number(1e-8, 10), help="peak learning rate of ADMM (default: half of --lr)")
+    paper.add_argument("--admm-lr", type=number(1e-8, 10), help="peak rate of ADMM (default: half of --lr)")
     paper.add_argument("--finetune-lr", type=number(1e-8, 10), help="of fine-tuning (default: --lr)")
-    paper.add_argument("--rho", type=number(1e-9, 1000), help="penalty (default: what fits learning rate and interval)")
+    paper.add_argument("--rho", type=number(1e-9, 1000), help="penalty (default: fits the rate and interval)")
     paper.add_argument("--hooi", type=whole(0, 100), default=0, help="alternating sweeps in every projection")
     args = resolve(parser, argv, compress="admm_epochs")
     args.admm_lr, args.finetune_lr = args.admm_lr or args.lr / 2, args.finetune_lr or args.lr
@@ -91,7 +90,7 @@ def unfold(w, mode):
 
 
 def leading(matrix, rank):
-    """Orthonormal basis (rows, rank) of the leading left singular vectors, by eigh of the Gram matrix in float64."""
+    """The leading left singular vectors (rows, rank), orthonormal, by eigh of the Gram matrix in float64."""
     matrix = matrix.double()
     return torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1)[:, :rank]
 
@@ -102,9 +101,8 @@ def is_matrix(w):
 
 
 def tucker2(w, rank, hooi=0):
-    """[B] The factors of a weight (S, C, k, k) at rank (ro, ri): G (ro, ri, k, k), A (S, ro), B (C, ri), in float64.
-
-    Truncated HOSVD, then `hooi` alternating sweeps. For a matrix (S, C) of rank (r,): A (S, r), B' (r, C)."""
+    """[B] The factors of a weight (S, C, k, k) at rank (ro, ri): G (ro, ri, k, k), A (S, ro), B (C, ri); of a
+    matrix (S, C) at rank (r,): A (S, r), B' (r, C). Truncated HOSVD in float64, then `hooi` alternating sweeps."""
     if not w.isfinite().all():
         raise Fault("a weight is not finite: training has diverged (try a lower --lr, or --amp off)")
     w = w.double()
@@ -119,7 +117,7 @@ def tucker2(w, rank, hooi=0):
 
 
 def project(w, rank, hooi=0):
-    """[F] The nearest weight of that rank that truncated HOSVD finds; rank None (the layer stays dense) is w itself."""
+    """[F] The nearest weight of that rank that truncated HOSVD finds; at rank None (stays dense) w itself."""
     if rank is None:
         return w.clone()
     if is_matrix(w):
@@ -132,7 +130,7 @@ def project(w, rank, hooi=0):
 # ---------------------------------------------------------------- the method: ranks
 
 def factorisable(model):
-    """{name: layer} that may be factorised: all convolutions and linear layers but the first and the classifier."""
+    """{name: layer} that may be factorised: convolutions and linear layers but the first and the last."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     names = [name for name, m in layers.items() if getattr(m, "groups", 1) == 1]
     return {name: layers[name] for name in names[1:-1]}
@@ -147,7 +145,7 @@ def cost(shape, rank):
 
 
 def error_table(w):
-    """[C] Squared error of the projection at every rank pair: (S, C), entry [ro - 1, ri - 1]; for a matrix (min(S, C), 1)."""
+    """[C] Squared error of the projection at rank (ro, ri) in entry [ro - 1, ri - 1]; (r, 1) for a matrix."""
     w = w.double()
     if is_matrix(w):
         energy = torch.linalg.svdvals(w.flatten(1)).square()[:, None]
@@ -157,14 +155,13 @@ def error_table(w):
 
 
 def chain(w):
-    """Nested states (cost, relative error, rank) of one layer, from rank 1 to dense; each adds one to one of the ranks."""
+    """Nested states (cost, relative error, rank) of a layer, from rank 1 to dense; each adds one to a rank."""
     table = (error_table(w) / w.double().square().sum().clamp_min(1e-300)).tolist()
     pair, states = (len(table), len(table[0])), []
     while min(pair) > 0:
         here = cost(w.shape, pair), table[pair[0] - 1][pair[1] - 1]
         states.append((*here, pair[:1] if is_matrix(w) else pair))
-
-        def loss(lower):                                                     # of energy, for a parameter saved
+        def loss(lower):                                             # of energy, for a parameter saved
             return (table[lower[0] - 1][lower[1] - 1] - here[1]) / (here[0] - cost(w.shape, lower))
         lower = [p for p in ((pair[0] - 1, pair[1]), (pair[0], pair[1] - 1)) if min(p) > 0]
         pair = min(lower, key=loss, default=(0, 0))
@@ -172,7 +169,7 @@ def chain(w):
 
 
 def hull_segments(states):
-    """The lower convex hull of a chain in the plane of cost and error, as (slope, states of the segment); slopes rise."""
+    """Lower convex hull of a chain over cost and error, as (slope, states of the segment); slopes rise."""
     hull = []
     for i, (c, e, _) in enumerate(states):
         while len(hull) > 1:
@@ -186,23 +183,22 @@ def hull_segments(states):
 
 
 def parameter_budget(model, ratio):
-    """[D] Parameters that the factorisable weights may have together: floor(total / ratio) less those that are kept.
-
-    Raises UsageFault if the ratio is out of reach even at ranks 1."""
+    """[D] floor(total / ratio) less the parameters that are kept; UsageFault if even ranks 1 need more."""
     total = sum(p.numel() for p in model.parameters())
     shapes = [m.weight.shape for m in factorisable(model).values()]
     kept = total - sum(shape.numel() for shape in shapes)
     least = kept + sum(min(cost(shape, (1, 1)), shape.numel()) for shape in shapes)
     if total // ratio < least:
-        raise UsageFault(f"argument --ratio: {ratio:g} is not from 1 to {total / least - 0.005:.2f}, what this network allows")
+        most = total / least - 0.005
+        raise UsageFault(f"argument --ratio: {ratio:g} is not from 1 to {most:.2f}, what this network allows")
     return int(total // ratio) - kept
 
 
 def choose_ranks(weights, budget, rule="hull"):
-    """[D] A rank (ro, ri), (r,) or None (dense) for each of weights {name: (S, C, ...)}, within `budget` parameters.
+    """[D] Ranks (ro, ri), (r,) or None (dense) for weights {name: (S, C, ...)}, within `budget` parameters.
 
-    hull: all layers start at rank 1; then the hull segments of all layers are taken in order of gain per parameter, until
-    a step does not fit. A larger ratio ends the same list of steps earlier: no rank grows with the ratio.
+    hull: from ranks 1 the hull segments of all layers are taken in order of gain per parameter, until a step
+    does not fit. A larger ratio ends the same list of steps earlier: no rank grows with the ratio.
     uniform: the same fraction of the full ranks in every layer."""
     if rule == "uniform":
         def at(fraction):
@@ -216,8 +212,8 @@ def choose_ranks(weights, budget, rule="hull"):
 
         def fits(fraction):
             return sum(cost(weights[name].shape, rank) for name, rank in at(fraction).items()) <= budget
-        steps = 1 << 20                                                      # fractions to a millionth, by bisection
-        return at(bisect.bisect(range(steps + 1), False, key=lambda i: not fits(i / steps)) / steps - 1 / steps)
+        grid = 1 << 20                                               # fractions to a millionth, by bisection
+        return at(bisect.bisect(range(grid + 1), False, key=lambda i: not fits(i / grid)) / grid - 1 / grid)
 
     chains = {name: chain(w) for name, w in weights.items()}
     state = {name: states[0] for name, states in chains.items()}
@@ -236,7 +232,6 @@ def choose_ranks(weights, budget, rule="hull"):
 
 class ADMM:
     """Z and U of every factorised layer, the penalty of [E], the updates [F] and [G]."""
-
     def __init__(self, layers, ranks, rho, hooi=0):
         self.weights = {name: layers[name].weight for name, rank in ranks.items() if rank}
         self.ranks, self.rho, self.hooi, self.residuals = ranks, rho, hooi, []
@@ -245,15 +240,15 @@ class ADMM:
 
     def penalty(self):
         """[E] rho/2 sum ||W - Z + U||^2 over the layers, in float32."""
-        return self.rho / 2 * sum((w - self.z[name] + self.u[name]).square().sum() for name, w in self.weights.items())
+        return self.rho / 2 * sum((w - self.z[n] + self.u[n]).square().sum() for n, w in self.weights.items())
 
     @torch.no_grad()
     def update(self):
         """[F], [G]; returns the relative residual ||W - Z|| / ||W|| of all layers together."""
         gap = size = 0
         for name, w in self.weights.items():
-            self.z[name] = project(w + self.u[name], self.ranks[name], self.hooi)        # [F]
-            self.u[name] = self.u[name] + w - self.z[name]                               # [G]
+            self.z[name] = project(w + self.u[name], self.ranks[name], self.hooi)    # [F]
+            self.u[name] = self.u[name] + w - self.z[name]                           # [G]
             gap, size = gap + (w - self.z[name]).square().sum(), size + w.square().sum()
         self.residuals.append((gap / size).sqrt().item())
         return self.residuals[-1]
@@ -271,8 +266,10 @@ def factor_layer(layer, rank):
     """The thin layers that take a layer's place at that rank, their weights not yet set."""
     bias = layer.bias is not None
     if isinstance(layer, nn.Linear):
-        return nn.Sequential(nn.Linear(layer.in_features, rank[0], bias=False), nn.Linear(rank[0], layer.out_features, bias))
-    where = dict(kernel_size=layer.kernel_size, stride=layer.stride, padding=layer.padding, dilation=layer.dilation)
+        return nn.Sequential(nn.Linear(layer.in_features, rank[0], bias=False),
+                             nn.Linear(rank[0], layer.out_features, bias))
+    where = dict(kernel_size=layer.kernel_size, stride=layer.stride, padding=layer.padding,
+                 dilation=layer.dilation)
     last = nn.Conv2d(rank[0], layer.out_channels, 1, bias=bias)
     if is_matrix(layer.weight):
         return nn.Sequential(nn.Conv2d(layer.in_channels, rank[0], **where, bias=False), last)
@@ -282,7 +279,7 @@ def factor_layer(layer, rank):
 
 @torch.no_grad()
 def factorise(model, ranks, hooi=0):
-    """[H] Replaces, in place, every layer with a rank by its factors: 1x1 - kxk - 1x1, or two for a matrix."""
+    """[H] Replaces in place every layer that has a rank by its factors: 1x1 - kxk - 1x1, two for a matrix."""
     for name, rank in ranks.items():
         if rank is None:
             continue
@@ -303,7 +300,7 @@ def factorise(model, ranks, hooi=0):
 
 
 def build(artifact):
-    """The network of a model.pt: the plain architecture with thin layers where a rank is stored, weights loaded strictly."""
+    """The network of a model.pt: plain, but thin layers where a rank is stored; weights are loaded strictly."""
     model = build_network(**artifact["network"])
     for name, rank in artifact["ranks"].items():
         if rank is not None:
@@ -314,7 +311,7 @@ def build(artifact):
 
 @torch.no_grad()
 def reestimate_batchnorm(model, batches, most=200):
-    """Running statistics as plain averages over at most `most` batches: the cut has moved every activation."""
+    """Running statistics as plain averages over at most `most` batches: the cut moved every activation."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     before = [m.momentum for m in norms]
     for m in norms:
@@ -331,24 +328,24 @@ def reestimate_batchnorm(model, batches, most=200):
 
 def train_epoch(model, batches, optimizer, schedule, args, penalty=None):
     """One epoch of adversarial training [A]; with a penalty, of ADMM's W-step [E]. Returns what is logged."""
-    total = correct = count = 0
+    total = right = n = 0
     for x, y in batches:
         with autocast(args):
-            model.eval()                                                     # the attack sees fixed batch-norm statistics
+            model.eval()                                             # the attack sees fixed statistics
             x_adv = pgd(model, x, y, args.epsilon, args.step_size, args.num_steps)   # [A] inner max
             model.train()
             logits = model(x_adv)
-        loss = F.cross_entropy(logits.float(), y)                            # [A] outer min
-        total, correct, count = total + loss.detach() * len(y), correct + (logits.argmax(1) == y).sum(), count + len(y)
+        loss = F.cross_entropy(logits.float(), y)                    # [A] outer min
+        total, right, n = total + loss.detach() * len(y), right + (logits.argmax(1) == y).sum(), n + len(y)
         if penalty:
-            loss = loss + penalty()                                          # [E]
+            loss = loss + penalty()                                  # [E]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     if not math.isfinite(total):
         raise Fault("the training loss is not finite: training has diverged (try a lower --lr, or --amp off)")
-    return dict(loss=total.item() / count, train_robust_acc=100 * correct.item() / count)
+    return dict(loss=total.item() / n, train_robust_acc=100 * right.item() / n)
 
 
 def main(argv=None):
@@ -367,34 +364,36 @@ def main(argv=None):
 
     # Phase 1: a dense robust network.
     optimizer, schedule = sgd(model, args.lr, args.pretrain_epochs, data, args)
-    for epoch in run.epochs("pretrain", args.pretrain_epochs, model=model, optimizer=optimizer, schedule=schedule):
+    for epoch in run.epochs("pretrain", args.pretrain_epochs,
+                            model=model, optimizer=optimizer, schedule=schedule):
         run.log(epoch=epoch + 1, **train_epoch(model, run.batches(), optimizer, schedule, args))
     layers = factorisable(model)
 
     def save_dense_and_choose_ranks():
         save_model(run.folder / "dense.pt", "common", network, model, args)
-        return choose_ranks({name: m.weight.detach().cpu() for name, m in layers.items()}, budget, args.rank_rule)
-    ranks = run.once("ranks", save_dense_and_choose_ranks)                   # [D]
+        return choose_ranks({n: m.weight.detach().cpu() for n, m in layers.items()}, budget, args.rank_rule)
+    ranks = run.once("ranks", save_dense_and_choose_ranks)           # [D]
 
     # Phase 2: ADMM pulls the dense weights towards those ranks.
-    # W follows Z - U with time constant (1 - momentum) / (lr rho) steps; three of them fit an epoch, the interval of updates.
+    # W follows Z - U with time constant (1 - momentum) / (lr rho) steps; three fit an epoch, between updates.
     rho = args.rho or 3 * (1 - args.momentum) / (args.admm_lr * data.steps(args.batch_size))
     admm = ADMM(layers, ranks, rho, args.hooi)
     optimizer, schedule = sgd(model, args.admm_lr, args.admm_epochs, data, args)
-    for epoch in run.epochs("admm", args.admm_epochs, model=model, optimizer=optimizer, schedule=schedule, admm=admm):
+    for epoch in run.epochs("admm", args.admm_epochs,
+                            model=model, optimizer=optimizer, schedule=schedule, admm=admm):
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, admm.penalty)
         run.log(epoch=epoch + 1, **fields, rho=rho, residual=admm.update())
     if len(admm.residuals) > 1 and admm.residuals[-1] > admm.residuals[0]:
-        run.log(note="the residual grew: ADMM has not converged; more --admm-epochs or another --rho may help")
+        run.log(note="the residual grew: ADMM did not converge; more --admm-epochs or another --rho may help")
 
     # Phase 3: the cut, and fine-tuning of the factors.
-    model = prepare(factorise(model, ranks, args.hooi), args)                # [H]
+    model = prepare(factorise(model, ranks, args.hooi), args)        # [H]
     if not run.begun("finetune"):
         reestimate_batchnorm(model, data.batches(args.batch_size, run.generator))
     optimizer, schedule = sgd(model, args.finetune_lr, args.finetune_epochs, data, args)
-    for epoch in run.epochs("finetune", args.finetune_epochs, model=model, optimizer=optimizer, schedule=schedule):
+    for epoch in run.epochs("finetune", args.finetune_epochs,
+                            model=model, optimizer=optimizer, schedule=schedule):
         run.log(epoch=epoch + 1, **train_epoch(model, run.batches(), optimizer, schedule, args))
-
     save_model(run.folder / "model.pt", run.script, network, model, args, ranks=ranks)
     return run.finish(ranks=ranks)
 
