@@ -2,8 +2,8 @@
 
 Nothing in this file belongs to one paper. A network takes images in [0, 1], (N, C, H, W), and gives logits.
 
-    python common.py evaluate runs/DIR/model.pt       judges any saved network: PGD, margin loss, transfer, AutoAttack
-    python common.py compare runs/*                   one Markdown table over finished runs of all scripts
+    python common.py evaluate FILE       judges any saved network: PGD, margin loss, transfer, AutoAttack
+    python common.py compare DIR...      one Markdown table over finished runs of all scripts
 """
 import argparse
 import contextlib
@@ -29,10 +29,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# What a data set is trained with unless a flag says otherwise; the keys are flags. The epochs are ours: digits fits
-# two minutes of two CPU cores, the other sets are meant for a GPU. compress_epochs are those of the paper's own phase.
-CIFAR = dict(arch="resnet18", width=16, pretrain_epochs=30, compress_epochs=15, finetune_epochs=15, batch_size=256,
-             lr=0.2, epsilon=8 / 255, step_size=2 / 255, num_steps=10, crop=4, flip=True)
+# What a data set is trained with unless a flag says otherwise; the keys are flags. The epochs are ours: digits
+# fits two minutes of two CPU cores, the others suit a GPU. compress_epochs are those of the paper's own phase.
+CIFAR = dict(arch="resnet18", width=16, pretrain_epochs=30, compress_epochs=15, finetune_epochs=15,
+             batch_size=256, lr=0.2, epsilon=8 / 255, step_size=2 / 255, num_steps=10, crop=4, flip=True)
 GREY = CIFAR | dict(width=4, crop=0, flip=False)
 RECIPES = {
     "digits": GREY | dict(pretrain_epochs=15, compress_epochs=6, finetune_epochs=10, batch_size=64, lr=0.1,
@@ -49,8 +49,13 @@ class Fault(RuntimeError):
 
 
 class UsageFault(Fault):
-    """A wrong flag, or flags that contradict each other or the data: one line, exit status 2, nothing written."""
+    """A wrong flag, or flags that contradict each other or the data: one line, exit status 2, nothing
+    written."""
     status = 2
+
+
+def first_line(fault):
+    return str(fault).strip().partition("\n")[0] or type(fault).__name__
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,8 +75,8 @@ def number(low, high, kind=float, hint=""):
             value = float(Fraction(text)) if kind is float else int(text)
             if low <= value <= high:
                 return value
-        raise argparse.ArgumentTypeError(f"{text} is not {'a' if kind is float else 'a whole'} number from {low} to "
-                                         f"{high}{hint}")
+        what = "a number" if kind is float else "a whole number"
+        raise argparse.ArgumentTypeError(f"{text} is not {what} from {low} to {high}{hint}")
     return convert
 
 
@@ -88,8 +93,8 @@ def resolve(parser, argv, compress):
     compress: the name of the flag that holds the epochs of the paper's own phase."""
     args = parser.parse_args(argv)
     if args.dataset not in RECIPES and args.epsilon is None:
-        parser.error(f"argument --dataset: {args.dataset} is none of {', '.join(RECIPES)}; a folder of classes of your "
-                     "own needs --epsilon")
+        parser.error(f"argument --dataset: {args.dataset} is none of {', '.join(RECIPES)}; a folder of "
+                     "classes of your own needs --epsilon")
     if args.pretrained and args.pretrain_epochs:
         parser.error("argument --pretrain-epochs: not with --pretrained, which skips that phase")
     if args.pretrained:
@@ -100,8 +105,8 @@ def resolve(parser, argv, compress):
             setattr(args, name, value)
     args.device = check_device(args.device)
     args.amp = args.amp == "on" or args.amp == "auto" and bfloat16_is_fast(args.device)
-    name = f"{parser.prog.removesuffix('.py')}-{args.dataset}-{args.arch}w{args.width}-r{args.ratio:g}-s{args.seed}"
-    args.output = args.output or f"runs/{name}"
+    name = f"{args.dataset}-{args.arch}w{args.width}-r{args.ratio:g}-s{args.seed}"
+    args.output = args.output or f"runs/{parser.prog.removesuffix('.py')}-{name}"
     torch.manual_seed(args.seed)
     return args
 
@@ -112,15 +117,16 @@ def check_device(name):
     if name == "auto" or name == "cuda" and cuda:
         return [*cuda, "cpu"][0]
     if name not in ["cpu", *cuda]:
-        raise UsageFault(f"argument --device: {name} is not on this machine, which has {', '.join(['cpu', *cuda])}")
+        raise UsageFault(f"argument --device: {name} is not here; there are {', '.join(['cpu', *cuda])}")
     return name
 
 
 def bfloat16_is_fast(device):
-    """Whether the hardware multiplies bfloat16; where it does, training is 2 to 3 times as fast as in float32."""
+    """Whether the hardware multiplies bfloat16; where it does, training is 2 to 3 times as fast as in
+    float32."""
     if device != "cpu":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    features = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")         # absent in some builds of torch
+    features = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")        # absent in some builds of torch
     return any(getattr(torch.cpu, feature, bool)() for feature in features)
 
 
@@ -130,7 +136,8 @@ def autocast(args):
 
 
 def cli(main):
-    """Runs main(); a fault becomes one line and an exit status; a signal stops at once and says how to continue."""
+    """Runs main(); a fault becomes one line and an exit status; a signal stops at once and says how to
+    continue."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     status = message = None
     try:
@@ -163,9 +170,11 @@ TORCHVISION = {"mnist": ("MNIST", "MNIST/raw"), "cifar10": ("CIFAR10", "cifar-10
 
 
 class Data:
-    """A data set on the device: (uint8 images (N, C, H, W), labels (N,)) to train and to test on, and class names.
+    """A data set on the device: (uint8 images (N, C, H, W), labels (N,)) to train and to test on, and class
+    names.
 
-    A training batch is shuffled, cropped (after zero padding by `crop` pixels) and flipped on the device."""
+    A training batch is shuffled, cropped (after zero padding by `crop` pixels) and flipped on the
+    device."""
 
     def __init__(self, train, test, classes, crop=0, flip=False):
         self.train, self.test, self.classes, self.crop, self.flip = train, test, classes, crop, flip
@@ -197,7 +206,8 @@ def augment(x, crop, flip, generator):
     if flip:
         mirrored = torch.rand(len(b), 1, generator=generator, device=x.device) < 0.5
         cols = torch.where(mirrored, cols.flip(1), cols)
-    return F.pad(x, (crop,) * 4)[b[:, None, None, None], c[:, None, None], rows[:, None, :, None], cols[:, None, None]]
+    b, c, rows, cols = b[:, None, None, None], c[:, None, None], rows[:, None, :, None], cols[:, None, None]
+    return F.pad(x, (crop,) * 4)[b, c, rows, cols]
 
 
 def balanced(labels, count):
@@ -211,8 +221,9 @@ def balanced(labels, count):
 def load_data(args):
     """The data set that the flags name, as Data on args.device; nothing is substituted silently.
 
-    It is looked for under args.data_dir as torchvision lays it out, then as class folders NAME/{train,test}/<class>/*;
-    a known set that is absent is downloaded by torchvision. digits lies beside this file."""
+    It is looked for under args.data_dir as torchvision lays it out, then as class folders
+    NAME/{train,test}/<class>/*; a known set that is absent is downloaded by torchvision. digits lies beside
+    this file."""
     name, root = args.dataset, Path(args.data_dir)
     if name == "digits":
         train, test, classes = read_digits()
@@ -226,17 +237,18 @@ def load_data(args):
     pairs = []
     for (images, labels), (flag, count) in zip((train, test), wanted):
         if count and not len(classes) <= count <= len(labels):
-            raise UsageFault(f"argument {flag}: {count} is not from {len(classes)} to {len(labels)}, the images there are")
+            raise UsageFault(f"argument {flag}: {count} is not from {len(classes)} to {len(labels)} images")
         if 0 < count < len(labels):
             chosen = balanced(labels, count)
             images, labels = images[chosen], labels[chosen]
-        pairs.append((torch.from_numpy(images).to(args.device), torch.from_numpy(labels.astype(np.int64)).to(args.device)))
+        pairs.append([torch.from_numpy(a).to(args.device) for a in (images, labels.astype(np.int64))])
     recipe = RECIPES.get(name, CIFAR)
     return Data(*pairs, classes, recipe["crop"], recipe["flip"])
 
 
 def read_digits():
-    """1,797 real 8x8 digits (UCI, as scikit-learn ships them), grey levels 0 to 16; the last 360 are the test set."""
+    """1,797 real 8x8 digits (UCI, as scikit-learn ships them), grey levels 0 to 16; the last 360 are the
+    test set."""
     with np.load(Path(__file__).parent / "data" / "digits.npz") as stored:
         images, labels = np.rint(stored["images"][:, None] * (255 / 16)).astype(np.uint8), stored["labels"]
     return (images[:-360], labels[:-360]), (images[-360:], labels[-360:]), [str(d) for d in range(10)]
@@ -245,34 +257,37 @@ def read_digits():
 def read_torchvision(name, root):
     """A known set as torchvision lays it out, downloaded by torchvision if it is absent."""
     if name not in TORCHVISION:
-        raise UsageFault(f"argument --dataset: there is no folder {root / name / 'train'} with a folder of images a class")
-    try:                                # RuntimeError, not ImportError, when torch and torchvision do not match
+        raise UsageFault(f"argument --dataset: there is no {root / name / 'train'} with a folder a class")
+    try:                              # RuntimeError, not ImportError, when torch and torchvision do not match
         import torchvision.datasets
         reader = getattr(torchvision.datasets, TORCHVISION[name][0])
         options = [dict(split=s) if name == "svhn" else dict(train=s == "train") for s in ("train", "test")]
         splits = [reader(str(root), download=True, **option) for option in options]
     except (ImportError, RuntimeError, OSError) as fault:
-        raise Fault(f"{name} is neither in {root / TORCHVISION[name][1]} nor in {root / name}/train/<class>/, and torchvision "
-                    f"could not fetch or read it ({str(fault).strip().splitlines()[0]}); put the files there, or use "
-                    "--dataset digits, which needs none") from None
+        raise Fault(f"{name} is neither in {root / TORCHVISION[name][1]} nor in {root / name}/train/<class>/, "
+                    f"and torchvision could not fetch or read it ({first_line(fault)}); put the files there, or "
+                    "use --dataset digits, which needs none") from None
     pairs = []
     for split in splits:
         images, labels = np.asarray(split.data), np.asarray(split.labels if name == "svhn" else split.targets)
-        if name != "svhn":                                           # (N, H, W) or (N, H, W, C) -> (N, C, H, W)
-            images = images[:, None] if name == "mnist" else np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+        if name != "svhn":                                         # (N, H, W) or (N, H, W, C) -> (N, C, H, W)
+            images = images[..., None] if name == "mnist" else images
+            images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
         pairs.append((images, labels))
     return *pairs, getattr(splits[0], "classes", [str(d) for d in range(10)])
 
 
 def read_folders(root, workers):
-    """Class folders ROOT/{train,test}/<class>/*, any type that Pillow reads; decoded once, then cached in one npz."""
+    """Class folders ROOT/{train,test}/<class>/*, any type that Pillow reads; decoded once, then cached in
+    one npz."""
     from PIL import Image
     classes = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
     files, stamp = {"train": [], "test": []}, hashlib.sha1()
     for split, listed in files.items():
-        found = sorted(e.name for e in os.scandir(root / split) if e.is_dir()) if (root / split).is_dir() else []
+        found = sorted(entry.name for entry in (root / split).glob("*/"))
         if found != classes or len(classes) < 2:
-            raise Fault(f"{root / split} holds the class folders {found}; wanted are those of {root / 'train'}, two at least")
+            raise Fault(f"{root / split} holds the class folders {found}; {root / 'train'} holds {classes}, and "
+                        "both must hold the same, two at least")
         for label, name in enumerate(classes):
             images = sorted((e.path, e.stat()) for e in os.scandir(root / split / name) if e.is_file())
             if not images:
@@ -295,7 +310,7 @@ def read_folders(root, workers):
     def decode(path):
         image = read(path)
         if image.size != size or image.mode[0] in "IF" or mode == "L" and image.mode not in ("L", "1"):
-            raise Fault(f"{path} is {image.size} {image.mode}, the first image {size} {mode}: all must be alike")
+            raise Fault(f"{path} is {image.size} {image.mode}, the first image {size} {mode}; wanted is one kind")
         return np.asarray(image.convert(mode)).reshape(*size[::-1], -1).transpose(2, 0, 1)
 
     first = read(files["train"][0][0])
@@ -307,7 +322,7 @@ def read_folders(root, workers):
             for i, pixels in enumerate(pool.map(decode, [path for path, _ in listed])):
                 images[i] = pixels
             arrays |= {f"{split}_x": images, f"{split}_y": np.array([label for _, label in listed])}
-    with contextlib.suppress(OSError):                               # a folder that is read-only: decoded every time
+    with contextlib.suppress(OSError):                        # a folder that is read-only: decoded every time
         temporary = cache.with_name(f"{cache.stem}-{os.getpid()}.tmp.npz")
         np.savez(temporary, **arrays)
         os.replace(temporary, cache)
@@ -327,7 +342,8 @@ class BasicBlock(nn.Module):
         self.conv2, self.bn2 = conv3x3(c_out, c_out), nn.BatchNorm2d(c_out)
         self.shortcut = nn.Sequential()
         if c_in != c_out:
-            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+            conv = nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(c_out))
 
     def forward(self, x):
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -342,7 +358,8 @@ class ResNet18(nn.Module):
         w = [4 * width] + [c * width for c in (4, 8, 16, 32)]
         self.conv1, self.bn1 = conv3x3(channels, w[0]), nn.BatchNorm2d(w[0])
         self.layer1, self.layer2, self.layer3, self.layer4 = (
-            nn.Sequential(BasicBlock(w[i], w[i + 1], 2 if i else 1), BasicBlock(w[i + 1], w[i + 1], 1)) for i in range(4))
+            nn.Sequential(BasicBlock(w[i], w[i + 1], 2 if i else 1), BasicBlock(w[i + 1], w[i + 1], 1))
+            for i in range(4))
         self.linear = nn.Linear(w[4], classes)
 
     def forward(self, x):
@@ -389,8 +406,8 @@ class WRN28_4(nn.Module):
         w = [c * width for c in (1, 4, 8, 16)]
         self.conv1 = conv3x3(channels, width)
         self.block1, self.block2, self.block3 = (
-            nn.Sequential(WideBlock(w[i], w[i + 1], 2 if i else 1), *(WideBlock(w[i + 1], w[i + 1], 1) for _ in range(3)))
-            for i in range(3))
+            nn.Sequential(WideBlock(w[i], w[i + 1], 2 if i else 1),
+                          *(WideBlock(w[i + 1], w[i + 1], 1) for _ in range(3))) for i in range(3))
         self.bn1, self.fc = nn.BatchNorm2d(w[3]), nn.Linear(w[3], classes)
 
     def forward(self, x):
@@ -422,10 +439,12 @@ NETWORKS = {"resnet18": ResNet18, "vgg16": VGG16, "wrn28_4": WRN28_4, "lenet": L
 
 
 def build_network(arch, width, channels, classes, size):
-    """A network of NETWORKS for images (channels, *size); width 16 is the standard one. UsageFault if it is too deep."""
+    """A network of NETWORKS for images (channels, *size); width 16 is the standard one. UsageFault if it is
+    too deep."""
     least = {"resnet18": 8, "vgg16": 32, "wrn28_4": 4, "lenet": 4 if channels == 1 else 16}[arch]
     if min(size) < least:
-        raise UsageFault(f"argument --arch: {arch} is too deep for images of {size[0]}x{size[1]}; {least}x{least} is its least")
+        raise UsageFault(f"argument --arch: {arch} is too deep for images of {size[0]}x{size[1]}; it takes "
+                         f"{least}x{least} and larger ones")
     return NETWORKS[arch](width, channels, classes, size)
 
 
@@ -447,17 +466,20 @@ def prepare(model, args):
 
 
 def sgd(model, lr, epochs, data, args):
-    """SGD with Nesterov momentum; its learning rate rises over a fifth of the steps to lr and falls to 0 as a cosine."""
+    """SGD with Nesterov momentum; its learning rate rises over a fifth of the steps to lr and falls to 0 as
+    a cosine."""
     optimizer = torch.optim.SGD(model.parameters(), lr, args.momentum, weight_decay=args.weight_decay,
                                 nesterov=args.momentum > 0, fused=True)
     steps = max(1, epochs * data.steps(args.batch_size))
-    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps + 1, pct_start=0.2, cycle_momentum=False)
+    one_cycle = torch.optim.lr_scheduler.OneCycleLR
+    return optimizer, one_cycle(optimizer, lr, steps + 1, pct_start=0.2, cycle_momentum=False)
 
 
 # ---------------------------------------------------------------- the attack
 
 def margin_loss(logits, y):
-    """Carlini and Wagner's l_inf objective (N,): the largest other logit minus the true one; above 0 is misclassified."""
+    """Carlini and Wagner's l_inf objective (N,): the largest other logit minus the true one; above 0 is
+    misclassified."""
     true = F.one_hot(y, logits.shape[1]).bool()
     return logits.masked_fill(true, -math.inf).amax(1) - logits[true]
 
@@ -467,7 +489,8 @@ LOSSES = {"ce": lambda logits, y: F.cross_entropy(logits, y, reduction="none"), 
 
 @contextlib.contextmanager
 def frozen(model):
-    """Within it weights take no gradient (torch.compile would compute it); at its end running statistics are put back."""
+    """Within it weights take no gradient (torch.compile would compute it); at its end running statistics
+    are put back."""
     weights = [p for p in model.parameters() if p.requires_grad]
     buffers = [(b, b.clone()) for b in model.buffers()] if any(m.training for m in model.modules()) else []
     for p in weights:
@@ -481,17 +504,18 @@ def frozen(model):
             buffer.copy_(before)
 
 
-def pgd(model, x, y, epsilon, step_size, num_steps, *, loss="ce", random_start=True, start=None, eot=1, generator=None,
-        broken_at=None):
-    """Projected gradient ascent in the l_inf ball (Madry et al. 2018): x <- clip(x + step_size * sign(grad loss)).
+def pgd(model, x, y, epsilon, step_size, num_steps, *, loss="ce", random_start=True, start=None, eot=1,
+        generator=None, broken_at=None):
+    """Projected gradient ascent in the l_inf ball (Madry et al. 2018): x <- clip(x + step_size * sign(grad
+    loss)).
 
-    x (N, C, H, W) in [0, 1], y (N,); epsilon, step_size in units of the pixel range. Returns x_adv, like x, within epsilon
-    of x and within [0, 1]. FGSM is num_steps=1, step_size=epsilon, random_start=False.
-    loss: 'ce', 'margin' or f(logits, y) -> (N,). start: the first iterate, instead of a random one. eot: gradients are
-    averaged over that many passes, for random networks. Weights, their .grad, modes and running statistics stay as they
-    are; whether batch norm uses running statistics is the caller's choice of model.eval().
-    broken_at (N,) int, for evaluation: an image leaves the batch at its first misclassified iterate t, which is written
-    there. Raises Fault on a gradient that is not finite."""
+    x (N, C, H, W) in [0, 1], y (N,); epsilon, step_size in units of the pixel range. Returns x_adv, like x,
+    within epsilon of x and within [0, 1]. FGSM is num_steps=1, step_size=epsilon, random_start=False. loss:
+    'ce', 'margin' or f(logits, y) -> (N,). start: the first iterate, instead of a random one. eot:
+    gradients are averaged over that many passes, for random networks. Weights, their .grad, modes and
+    running statistics stay as they are; whether batch norm uses running statistics is the caller's choice
+    of model.eval(). broken_at (N,) int, for evaluation: an image leaves the batch at its first
+    misclassified iterate t, which is written there. Raises Fault on a gradient that is not finite."""
     objective = LOSSES.get(loss, loss)
     lower, upper = (x - epsilon).clamp_(min=0), (x + epsilon).clamp_(max=1)
     if start is None:
@@ -516,7 +540,7 @@ def pgd(model, x, y, epsilon, step_size, num_steps, *, loss="ce", random_start=T
             if not len(live):
                 break
     if not finite:
-        raise Fault("the gradient of the attack is not finite: training has diverged (try a lower --lr, or --amp off)")
+        raise Fault("the attack's gradient is not finite: training has diverged; a lower --lr may help")
     done[live] = x_adv.detach()
     return done
 
@@ -563,16 +587,18 @@ def is_random(model, x):
     return bool((a - b).abs().max() > 1e-4 * a.abs().max())
 
 
-def first_break(model, images, generator, *, epsilon, step_size, num_steps, restarts=1, loss="ce", random_start=True):
-    """(N,) int, the first misclassified iterate over all restarts: -1 is the clean image, num_steps the last iterate,
-    num_steps + 1 means that none was.
+def first_break(model, images, generator, *, epsilon, step_size, num_steps, restarts=1, loss="ce",
+                random_start=True):
+    """(N,) int, the first misclassified iterate over all restarts: -1 is the clean image, num_steps the
+    last iterate, num_steps + 1 means that none was.
 
-    A restart begins with all images that are right when clean, so what happens at iterate t of restart r depends on
-    nothing that comes after it: more steps or restarts can only break more images."""
+    A restart begins with all images that are right when clean, so what happens at iterate t of restart r
+    depends on nothing that comes after it: more steps or restarts can only break more images."""
     result = torch.full_like(images[1], num_steps + 1)
     for restart in range(restarts):
-        for x, y, first in progress(batched(*images, result), f"attack {restart + 1}/{restarts}", len(result) // 250 + 1):
-            noise = 2 * torch.rand(x.shape, generator=generator, device=x.device) - 1           # drawn for all images
+        label = f"attack {restart + 1}/{restarts}"
+        for x, y, first in progress(batched(*images, result), label, len(result) // 250 + 1):
+            noise = 2 * torch.rand(x.shape, generator=generator, device=x.device) - 1   # drawn for all images
             right = logits_of(model, x).argmax(1) == y
             first[~right] = -1
             if right.any():
@@ -591,12 +617,14 @@ def batched(images, labels, *more):
         yield to_float(x), *rest
 
 
-def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=1, loss="ce", random_start=True, eot=10, seed=0):
+def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=1, loss="ce", random_start=True,
+             eot=10, seed=0):
     """Clean and robust accuracy in per cent over images = (uint8 (N, C, H, W), labels (N,)), in float32.
 
-    Robust is an image whose clean form and whose every iterate of every restart are classified correctly. A random
-    network gets gradients averaged over `eot` passes, the verdict on the last iterate, the mean over 10 draws and the
-    worst restart instead. Returns a dict: accuracies, 95 % intervals, the number of images, the attack's settings."""
+    Robust is an image whose clean form and whose every iterate of every restart are classified correctly. A
+    random network gets gradients averaged over `eot` passes, the verdict on the last iterate, the mean over
+    10 draws and the worst restart instead. Returns a dict: accuracies, 95 % intervals, the number of
+    images, the attack's settings."""
     attack = dict(epsilon=epsilon, step_size=step_size, num_steps=num_steps, restarts=restarts, loss=loss,
                   random_start=random_start)
     with judging(model, seed=seed) as generator:
@@ -606,25 +634,36 @@ def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=1, loss="
         else:
             def draws(x, y):
                 return torch.stack([logits_of(model, x).argmax(1) == y for _ in range(10)]).double().mean(0)
+
+            def attacked(x, y):
+                return pgd(model, x, y, epsilon, step_size, num_steps, loss=loss, random_start=random_start,
+                           eot=eot, generator=generator)
             attack |= dict(eot=eot, draws=10)
             clean = torch.cat([draws(x, y) for x, y in batched(*images)])
-            robust = torch.stack([torch.cat([draws(pgd(model, x, y, epsilon, step_size, num_steps, loss=loss, eot=eot,
-                                                       random_start=random_start, generator=generator), y)
-                                             for x, y in batched(*images)]) for _ in range(restarts)]).amin(0)
+            robust = torch.stack([torch.cat([draws(attacked(x, y), y) for x, y in batched(*images)])
+                                  for _ in range(restarts)]).amin(0)
     n, clean, robust = len(clean), per_cent(clean), per_cent(robust)
-    return dict(clean_acc=clean, clean_ci=interval(clean, n), robust_acc=robust, robust_ci=interval(robust, n), images=n,
-                attack=dict(norm="l_inf", **attack, seed=seed))
+    return dict(clean_acc=clean, clean_ci=interval(clean, n), robust_acc=robust,
+                robust_ci=interval(robust, n), images=n, attack=dict(norm="l_inf", **attack, seed=seed))
+
+
+def attack_of(args):
+    """The evaluation attack that the flags describe."""
+    return dict(epsilon=args.epsilon, step_size=args.step_size, num_steps=args.eval_steps, seed=args.seed)
 
 
 def sanity_flags(model, images, *, epsilon, step_size, num_steps, seed=0):
-    """Signs that a robust accuracy cannot be trusted (after Carlini et al. 2019, Athalye et al. 2018), as sentences.
+    """Signs that a robust accuracy cannot be trusted (after Carlini et al. 2019, Athalye et al. 2018), as
+    sentences.
 
     Judged on the first 250 images; an honest network raises none."""
     images = [t[:250] for t in images]
-    x, y, flags, slack = to_float(images[0]), images[1], [], max(2, 300 / len(images[1]))    # 2 points, or 3 images
+    # 2 points, or 3 images
+    x, y, flags, slack = to_float(images[0]), images[1], [], max(2, 300 / len(images[1]))
     with judging(model, seed=seed) as generator:
         def robust(steps, epsilon, step_size, count=None, **more):
-            first = first_break(model, images, generator, epsilon=epsilon, step_size=step_size, num_steps=steps, **more)
+            first = first_break(model, images, generator, epsilon=epsilon, step_size=step_size,
+                                num_steps=steps, **more)
             return per_cent(first > (count or steps)), per_cent(first > steps)
 
         logits = logits_of(model, x)
@@ -647,8 +686,11 @@ def sanity_flags(model, images, *, epsilon, step_size, num_steps, seed=0):
         fgsm, _ = robust(1, epsilon, epsilon, random_start=False)
         if once - fgsm > slack:
             flags.append(f"FGSM ({fgsm:.1f} %) is stronger than PGD ({once:.1f} %)")
-        signs = (torch.randint(0, 2, x.shape, generator=generator, device=x.device) * 2 - 1 for _ in range(20))
-        noise = per_cent(torch.stack([logits_of(model, (x + epsilon * s).clamp(0, 1)).argmax(1) == y for s in signs]).all(0))
+        quiet = torch.ones_like(y, dtype=torch.bool)
+        for _ in range(20):
+            sign = torch.randint(0, 2, x.shape, generator=generator, device=x.device) * 2 - 1
+            quiet &= logits_of(model, (x + epsilon * sign).clamp(0, 1)).argmax(1) == y
+        noise = per_cent(quiet)
         if once - noise > slack:
             flags.append(f"random noise ({noise:.1f} %) is stronger than PGD ({once:.1f} %)")
         wild, _ = robust(num_steps, 1.0, 0.1)
@@ -660,13 +702,15 @@ def sanity_flags(model, images, *, epsilon, step_size, num_steps, seed=0):
 def transfer(model, source, images, *, epsilon, step_size, num_steps, seed=0):
     """Accuracy in per cent under PGD examples made on another network, `source`."""
     with judging(source, model, seed=seed) as generator:
-        return per_cent(torch.cat([
-            logits_of(model, pgd(source, x, y, epsilon, step_size, num_steps, generator=generator)).argmax(1) == y
-            for x, y in batched(*images)]))
+        def right(x, y):
+            x_adv = pgd(source, x, y, epsilon, step_size, num_steps, generator=generator)
+            return logits_of(model, x_adv).argmax(1) == y
+        return per_cent(torch.cat([right(x, y) for x, y in batched(*images)]))
 
 
 def autoattack(model, images, *, epsilon, seed=0):
-    """Accuracy in per cent under AutoAttack (Croce and Hein 2020), from the optional package pyautoattack, and its version."""
+    """Accuracy in per cent under AutoAttack (Croce and Hein 2020), from the optional package pyautoattack,
+    and its version."""
     from pyautoattack import AutoAttack
     with judging(model, seed=seed):
         x, y = to_float(images[0]), images[1]
@@ -674,7 +718,8 @@ def autoattack(model, images, *, epsilon, seed=0):
         judge = AutoAttack(model, eps=epsilon, norm="Linf", version=version, seed=seed, device=x.device)
         with torch.enable_grad():
             x_adv = judge.run_standard_evaluation(x, y, batch_size=250)[0]
-        return per_cent(torch.cat([logits_of(model, part).argmax(1) for part in x_adv.split(250)]) == y), version
+        labels = torch.cat([logits_of(model, part).argmax(1) for part in x_adv.split(250)])
+        return per_cent(labels == y), version
 
 
 # ---------------------------------------------------------------- counting
@@ -682,7 +727,7 @@ def autoattack(model, images, *, epsilon, seed=0):
 def count_macs(model, network):
     """Multiply-accumulates of all convolutions and linear layers for one image."""
     def add(module, _, out):
-        counts.append(out.numel() * (module.in_features if isinstance(module, nn.Linear) else module.weight[0].numel()))
+        counts.append(out.numel() * module.weight[0].numel())         # outputs, times the weights of each
 
     counts, layers = [], [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     hooks = [layer.register_forward_hook(add) for layer in layers]
@@ -695,8 +740,10 @@ def count_macs(model, network):
 
 @torch.no_grad()
 def latency(models, network, batch_size, device):
-    """Median milliseconds of a forward pass of each model, float32 and channels last, measured in turn in one loop."""
-    x = to_float(torch.zeros(batch_size, network["channels"], *network["size"], dtype=torch.uint8, device=device))
+    """Median milliseconds of a forward pass of each model, float32 and channels last, measured in turn in
+    one loop."""
+    x = torch.zeros(batch_size, network["channels"], *network["size"], device=device)
+    x = x.contiguous(memory_format=torch.channels_last)
     times, begin = [[] for _ in models], time.perf_counter()
     while len(times[0]) < 6 or time.perf_counter() - begin < 0.5:
         for model, measured in zip(models, times):
@@ -705,7 +752,7 @@ def latency(models, network, batch_size, device):
             if device != "cpu":
                 torch.cuda.synchronize()
             measured.append(1000 * (time.perf_counter() - before))
-    return [round(statistics.median(t[1:]), 3) for t in times]                                   # the first one warms up
+    return [round(statistics.median(t[1:]), 3) for t in times]                        # the first one warms up
 
 
 # ---------------------------------------------------------------- files
@@ -721,14 +768,14 @@ def save_file(path, content):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as fault:
         free = shutil.disk_usage(path.parent).free // 2**20
-        raise Fault(f"{path} could not be written ({str(fault).splitlines()[0]}); {free} MiB are free there") from None
+        raise Fault(f"{path} could not be written ({first_line(fault)}); {free} MiB are free there") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def read_file(path, *keys):
     """What save_file wrote; Fault unless the file is whole, free of code, and holds `keys`."""
-    try:                                                             # torch.load checks no checksum; zipfile does
+    try:                                                         # torch.load checks no checksum; zipfile does
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         content = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
@@ -755,7 +802,8 @@ def save_model(path, script, network, model, args, **more):
 
 
 def read_model(path):
-    """What save_model wrote, with the weights as artifact["state"], and the network: an nn.Module in eval mode."""
+    """What save_model wrote, with the weights as artifact["state"], and the network: an nn.Module in eval
+    mode."""
     artifact = read_file(path, "script", "network", "judged", "values", "shapes", "counters")
     script, folder = str(artifact["script"]), Path(__file__).resolve().parent
     if not script.isidentifier() or not (folder / f"{script}.py").is_file():
@@ -770,13 +818,14 @@ def read_model(path):
         artifact["state"] |= {name: torch.tensor(count) for name, count in artifact["counters"].items()}
         return artifact, importlib.import_module(script).build(artifact).eval()
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as fault:
-        raise Fault(f"{path} does not fit the network it names ({str(fault).splitlines()[0]})") from None
+        raise Fault(f"{path} does not fit the network it names ({first_line(fault)})") from None
     finally:
         sys.path.remove(str(folder))
 
 
 def load_model(path):
-    """The network in a model.pt or dense.pt: a plain nn.Module in eval mode on the CPU, images in [0, 1] to logits."""
+    """The network in a model.pt or dense.pt: a plain nn.Module in eval mode on the CPU, images in [0, 1] to
+    logits."""
     return read_model(path)[1]
 
 
@@ -793,7 +842,8 @@ def load_pretrained(model, path, network):
         raise UsageFault(f"argument --pretrained: there is no file {path}")
     artifact = read_model(path)[0]
     if artifact["script"] != "common" or artifact["network"] != network:
-        raise UsageFault(f"argument --pretrained: {path} holds {artifact['network']} of {artifact['script']}.py, not {network}")
+        raise UsageFault(f"argument --pretrained: {path} holds {artifact['network']} of "
+                         f"{artifact['script']}.py, not {network}")
     model.load_state_dict(artifact["state"])
 
 
@@ -814,24 +864,29 @@ def progress(items, label, total):
 class Run:
     """One run's output folder: its log, its checkpoint and its result.
 
-    Besides once(), epochs() is all that a script needs to be resumable: it yields the epochs still to do and saves after
-    each. last.pt holds phase, epoch, the state of the objects named there, random states, and what once() computed."""
+    Besides once(), epochs() is all that a script needs to be resumable: it yields the epochs still to do
+    and saves after each. last.pt holds phase, epoch, the state of the objects named there, random states,
+    and what once() computed."""
     active = False
 
     def __init__(self, args, data, script, argv):
         self.args, self.data, self.script, self.folder = args, data, Path(script).stem, Path(args.output)
         self.command = shlex.join(["python", f"{self.script}.py", *(a for a in argv if a != "--resume")])
-        self.flags = {k: v for k, v in vars(args).items() if k not in ("output", "resume", "data_dir", "workers", "device")}
+        elsewhere = ("output", "resume", "data_dir", "workers", "device")     # may differ when continued
+        self.flags = {k: v for k, v in vars(args).items() if k not in elsewhere}
         self.result, self.saved, self.memo, self.seconds, self.phase = None, None, {}, {}, None
         finished, last = self.folder / "result.json", self.folder / "last.pt"
         if finished.is_file():
             self.result = json.loads(finished.read_text())
-            self.check(self.result, "finished; --resume prints its result")
+            self.check(self.result["args"], self.result["script"], "finished; --resume prints its result")
             print(json.dumps(self.result, indent=1))
             return
         if last.is_file():
-            self.saved = read_file(last, "script", "args", "phase", "epoch", "states", "memo", "seconds", "random", "log_size")
-            self.check(self.saved, "not finished; --resume continues it")
+            self.saved = read_file(last, "script", "args", "phase", "epoch", "states", "memo", "seconds",
+                                   "random", "log_size")
+            judged = {k: self.flags[k] for k in ("eval_images", "eval_steps", "restarts")}    # may change until then
+            changed = {k: v for k, v in judged.items() if self.saved["args"].get(k) != v}
+            self.check(self.saved["args"] | judged, self.saved["script"], "not finished; --resume continues it")
             self.memo, self.seconds = self.saved["memo"], self.saved["seconds"]
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file = open(self.folder / "log.jsonl", "a")
@@ -845,16 +900,20 @@ class Run:
         self.generator = torch.Generator(args.device).manual_seed(args.seed)
         Run.active = True
         if self.saved:
-            print(f"continuing {self.folder} after epoch {self.saved['epoch']} of {self.saved['phase']}", flush=True)
+            print(f"continuing {self.folder} after epoch {self.saved['epoch']} of {self.saved['phase']}")
+            if changed:
+                self.log(note="continued with other flags of the evaluation", **changed)
         else:
-            print(f"nothing to continue in {self.folder}, so this begins\n" * args.resume, end="")
+            if args.resume:
+                print(f"nothing to continue in {self.folder}, so this begins")
             self.log(script=self.script, **vars(args))
 
-    def check(self, before, state):
+    def check(self, flags, script, state):
         """UsageFault unless the folder holds this very run and --resume was given."""
-        changed = [k for k, v in self.flags.items() if before["args"].get(k) != v] + ["script"] * (before["script"] != self.script)
+        then, now = flags | {"script": script}, self.flags | {"script": self.script}
+        changed = ", ".join(k for k in now if then.get(k) != now[k])
         if changed:
-            raise UsageFault(f"argument --output: {self.folder} holds a different run (in {', '.join(changed)})")
+            raise UsageFault(f"argument --output: {self.folder} holds a different run ({changed} differ)")
         if not self.args.resume:
             raise UsageFault(f"argument --output: {self.folder} holds this run, {state}")
 
@@ -862,22 +921,26 @@ class Run:
         """One line of key:value on stdout, and the same as JSON in log.jsonl."""
         if self.phase:
             fields = {"phase": self.phase, **fields, "seconds": round(time.time() - self.begin, 2)}
-        print(*(f"{k}:{v:.5g}" if isinstance(v, float) else f"{k}:{v}" for k, v in fields.items()), flush=True)
+        shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in fields.items()}
+        print(*(f"{k}:{v}" for k, v in shown.items()), flush=True)
         self.file.write(json.dumps(fields) + "\n")
         self.file.flush()
 
     def once(self, name, compute):
-        """The value of compute(), plain data: computed once in the life of a run and kept in its checkpoints."""
+        """The value of compute(), plain data: computed once in the life of a run and kept in its
+        checkpoints."""
         if name not in self.memo:
             self.memo[name] = compute()
         return self.memo[name]
 
     def begun(self, phase):
-        """Whether this continues a run that was stopped in `phase`, whose preparation is therefore in the checkpoint."""
+        """Whether this continues a run that was stopped in `phase`, whose preparation is therefore in the
+        checkpoint."""
         return self.saved is not None and self.saved["phase"] == phase
 
     def epochs(self, phase, count, **stateful):
-        """Yields those of a phase's epochs 0 .. count-1 that are still to do; saves after each what is `stateful`."""
+        """Yields those of a phase's epochs 0 .. count-1 that are still to do; saves after each what is
+        `stateful`."""
         first = 0
         if self.saved and not self.begun(phase):                     # the run was stopped in a later phase
             return
@@ -887,7 +950,7 @@ class Run:
                 for name, thing in stateful.items():
                     thing.load_state_dict(self.saved["states"][name])
             except (KeyError, ValueError, RuntimeError) as fault:
-                raise Fault(f"{self.folder / 'last.pt'} does not fit this run ({str(fault).splitlines()[0]})") from None
+                raise Fault(f"{self.folder}/last.pt does not fit this run ({first_line(fault)})") from None
             self.generator.set_state(self.saved["random"]["batches"])
             torch.set_rng_state(self.saved["random"]["cpu"])
             if self.args.device != "cpu":
@@ -916,29 +979,36 @@ class Run:
         return progress(self.data.batches(size, self.generator), self.label, self.data.steps(size))
 
     def finish(self, **more):
-        """Reads dense.pt and model.pt back from disk, judges both, writes result.json and returns what is in it."""
+        """Reads dense.pt and model.pt back from disk, judges both, writes result.json and returns what is
+        in it."""
         self.phase, self.begin, args, device = "final", time.time(), self.args, self.args.device
-        attack = dict(epsilon=args.epsilon, step_size=args.step_size, num_steps=args.eval_steps, seed=args.seed)
         files = [self.folder / "dense.pt", self.folder / "model.pt"]
         (artifact, dense), (_, compact) = map(read_model, files)
-        network, models = artifact["network"], [m.to(device, memory_format=torch.channels_last) for m in (dense, compact)]
-        judged = [evaluate(m, self.data.test, restarts=args.restarts, **attack) for m in models]
-        flags = sanity_flags(compact, self.data.test, **attack)
-        size, macs = [file.stat().st_size for file in files], [count_macs(m, network) for m in models]
-        parameters = [sum(p.numel() for p in m.parameters()) for m in models]
-        self.seconds = {k: round(v, 1) for k, v in (self.seconds | {"final": time.time() - self.begin}).items()}
+        network = artifact["network"]
+        models = [m.to(device, memory_format=torch.channels_last) for m in (dense, compact)]
+        judged = [evaluate(m, self.data.test, restarts=args.restarts, **attack_of(args)) for m in models]
+        flags = sanity_flags(compact, self.data.test, **attack_of(args))
+        both = dict(parameters=[sum(p.numel() for p in m.parameters()) for m in models],
+                    bytes=[file.stat().st_size for file in files],
+                    macs=[count_macs(m, network) for m in models])
+        sizes = {}
+        for name, (before, after) in both.items():
+            ratio = f"{name.replace('parameters', 'params')}_ratio"
+            sizes |= {name: after, f"dense_{name}": before, ratio: round(before / after, 3)}
+        milliseconds = {f"batch_{b}": dict(zip(("dense", "compact"), latency(models, network, b, device)))
+                        for b in (1, 128)}
+        self.seconds["final"] = time.time() - self.begin
+        self.seconds = {phase: round(seconds, 1) for phase, seconds in self.seconds.items()}
         self.result = dict(
             script=self.script, command=self.command, args=self.flags,
             versions=dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__),
-            device="cpu" if device == "cpu" else torch.cuda.get_device_name(device), threads=torch.get_num_threads(),
-            seconds=self.seconds, train_images=len(self.data.train[1]), **judged[1], flags=flags, dense=judged[0],
-            params_ratio=round(parameters[0] / parameters[1], 3), parameters=parameters[1], dense_parameters=parameters[0],
+            device="cpu" if device == "cpu" else torch.cuda.get_device_name(device),
+            threads=torch.get_num_threads(), seconds=self.seconds, train_images=len(self.data.train[1]),
+            **judged[1], flags=flags, dense=judged[0], **sizes, latency_ms=milliseconds,
             nonzeros=sum(int(p.count_nonzero()) for p in compact.parameters()),
-            bytes_ratio=round(size[0] / size[1], 3), bytes=size[1], dense_bytes=size[0],
-            macs_ratio=round(macs[0] / macs[1], 3), macs=macs[1], dense_macs=macs[0],
-            latency_ms={f"batch_{b}": dict(zip(("dense", "compact"), latency(models, network, b, device))) for b in (1, 128)},
             gpu_memory_bytes=None if device == "cpu" else torch.cuda.max_memory_allocated(device), **more)
-        shown = ("clean_acc", "robust_acc", "images", "params_ratio", "bytes_ratio", "bytes", "dense_bytes", "macs_ratio")
+        shown = ("clean_acc", "robust_acc", "images", "params_ratio", "bytes_ratio", "bytes", "dense_bytes",
+                 "macs_ratio")
         self.log(**{k: self.result[k] for k in shown}, dense_clean_acc=judged[0]["clean_acc"],
                  dense_robust_acc=judged[0]["robust_acc"], flags="; ".join(flags) or "none")
         temporary = self.folder / "result.json.tmp"
@@ -958,7 +1028,7 @@ def main(argv=None):
     p.add_argument("--dataset", help="default: the one it was made for, and so for the attack")
     p.add_argument("--data-dir", default="data")
     p.add_argument("--workers", type=whole(1, 256), default=8, help="threads that decode class folders")
-    p.add_argument("--eval-images", type=whole(0), help="balanced subset of the test images; 0 is all (default: 1000 on a CPU)")
+    p.add_argument("--eval-images", type=whole(0), help="balanced subset; 0 is all (default: 1000 on a CPU)")
     p.add_argument("--epsilon", type=radius)
     p.add_argument("--step-size", type=radius)
     p.add_argument("--eval-steps", type=whole(1, 10000))
@@ -969,7 +1039,7 @@ def main(argv=None):
     p.add_argument("--seed", type=whole(0), default=0)
     p.add_argument("--device", default="auto")
     p = commands.add_parser("compare", description="Prints one Markdown table over finished runs.")
-    p.add_argument("folders", nargs="+", help="folders with a result.json; runs that differ in the seed alone share a row")
+    p.add_argument("folders", nargs="+", help="runs that differ in the seed alone share a row")
     p.add_argument("--plot", help="file for a picture of robust accuracy against bytes; needs matplotlib")
     args = parser.parse_args(argv)
     return evaluate_command(args) if args.command == "evaluate" else compare_command(args)
@@ -986,10 +1056,11 @@ def evaluate_command(args):
     data, network = load_data(args), artifact["network"]
     here = dict(channels=data.test[0].shape[1], classes=len(data.classes), size=list(data.test[0].shape[2:]))
     if here != {k: network[k] for k in here}:
-        raise UsageFault(f"argument --dataset: {args.dataset} has {here}, and the network was made for {network}")
+        raise UsageFault(f"argument --dataset: {args.dataset} has {here}, the network is for {network}")
     model.to(args.device, memory_format=torch.channels_last)
-    attack = dict(epsilon=args.epsilon, step_size=args.step_size, num_steps=args.eval_steps, seed=args.seed)
-    result = dict(model=args.model, script=artifact["script"], dataset=args.dataset, bytes=os.path.getsize(args.model),
+    attack = attack_of(args)
+    result = dict(model=args.model, script=artifact["script"], dataset=args.dataset,
+                  bytes=os.path.getsize(args.model),
                   **evaluate(model, data.test, restarts=args.restarts, loss=args.loss, **attack),
                   flags=sanity_flags(model, data.test, **attack))
     if args.source:
@@ -999,39 +1070,46 @@ def evaluate_command(args):
             result["flags"].append("transfer is stronger than PGD")
     if args.autoattack:
         accuracy, version = autoattack(model, data.test, epsilon=args.epsilon, seed=args.seed)
-        result |= dict(autoattack_acc=accuracy, autoattack_ci=interval(accuracy, result["images"]), autoattack_version=version)
+        result |= dict(autoattack_acc=accuracy, autoattack_ci=interval(accuracy, result["images"]),
+                       autoattack_version=version)
     print(json.dumps(result, indent=1))
     return result
 
 
 def compare_command(args):
-    """Prints a row for each set of runs that differ in nothing but the seed: means, and the range where there are several."""
+    """Prints a row for each set of runs that differ in nothing but the seed: means, and the range where
+    there are several."""
     rows = {}
     for folder in args.folders:
         try:
             run = json.loads((Path(folder) / "result.json").read_text()) | {"folder": folder}
-            same = {k: v for k, v in run["args"].items() if k not in ("seed", "pretrained")} | {"script": run["script"]}
+            same = {"script": run["script"], **run["args"], "seed": None, "pretrained": None}
             rows.setdefault(json.dumps(same, sort_keys=True), []).append(run)
         except (OSError, ValueError, KeyError, TypeError) as fault:
             raise Fault(f"{folder} holds no readable result.json ({fault})") from None
     settings = [json.loads(row) for row in rows]
-    told = [k for k in settings[0] if len({str(s.get(k)) for s in settings}) > 1 or k in ("dataset", "arch", "width")]
+    told = [k for k in settings[0] if k in ("dataset", "arch", "width", "ratio")
+            or len({str(s.get(k)) for s in settings}) > 1]
 
     def mean(runs, *path, digits=1):
         values = [functools.reduce(lambda value, key: value[key], path, run) for run in runs]
-        spread = f" ({min(values):,.{digits}f} to {max(values):,.{digits}f})" if min(values) < max(values) else ""
-        return f"{statistics.mean(values):,.{digits}f}{spread}"
+        middle, low, high = (f"{f(values):,.{digits}f}" for f in (statistics.mean, min, max))
+        return middle if low == high else f"{middle} ({low} to {high})"
 
-    print("| run | dense clean, robust % | clean % | robust % | 95 % interval | bytes | bytes x | params x | MACs x |"
-          " batch 1 ms (dense) | flags | folder |\n" + "|---" * 12 + "|")
+    heads = ("run", "dense clean, robust %", "clean %", "robust %", "95 % interval", "bytes", "bytes x",
+             "params x", "MACs x", "batch 1 ms", "dense ms", "flags", "folder")
+    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for same, runs in zip(settings, rows.values()):
-        print("", " ".join([same["script"], *(f"{k}={same.get(k)}" for k in told if k != "script")]),
-              f"{mean(runs, 'dense', 'clean_acc')}, {mean(runs, 'dense', 'robust_acc')}", mean(runs, "clean_acc"),
-              mean(runs, "robust_acc"), "{} to {}".format(*runs[0]["robust_ci"]) if len(runs) == 1 else f"{len(runs)} seeds",
-              *(mean(runs, key, digits=d) for key, d in (("bytes", 0), ("bytes_ratio", 1), ("params_ratio", 1), ("macs_ratio", 1))),
-              f"{mean(runs, 'latency_ms', 'batch_1', 'compact')} ({mean(runs, 'latency_ms', 'batch_1', 'dense')})",
-              "; ".join(sorted({flag for run in runs for flag in run["flags"]})) or "none",
-              " ".join(run["folder"] for run in runs), "", sep=" | ")
+        cells = [" ".join([same["script"], *(f"{k}={same.get(k)}" for k in told if k != "script")]),
+                 f"{mean(runs, 'dense', 'clean_acc')}, {mean(runs, 'dense', 'robust_acc')}",
+                 mean(runs, "clean_acc"), mean(runs, "robust_acc"),
+                 "{} to {}".format(*runs[0]["robust_ci"]) if len(runs) == 1 else f"{len(runs)} seeds",
+                 mean(runs, "bytes", digits=0), mean(runs, "bytes_ratio"), mean(runs, "params_ratio"),
+                 mean(runs, "macs_ratio"), mean(runs, "latency_ms", "batch_1", "compact"),
+                 mean(runs, "latency_ms", "batch_1", "dense"),
+                 "; ".join(sorted({flag for run in runs for flag in run["flags"]})) or "none",
+                 " ".join(run["folder"] for run in runs)]
+        print("| " + " | ".join(cells) + " |")
     if args.plot:
         if not importlib.util.find_spec("matplotlib"):
             raise UsageFault("argument --plot: the package matplotlib is not installed")
@@ -1041,7 +1119,8 @@ def compare_command(args):
         for script in sorted({run["script"] for run in runs}):
             points = [(run["bytes"], run["robust_acc"]) for run in runs if run["script"] == script]
             axes.scatter(*zip(*points), label=script)
-        axes.scatter(*zip(*((run["dense_bytes"], run["dense"]["robust_acc"]) for run in runs)), marker="x", label="dense")
+        points = [(run["dense_bytes"], run["dense"]["robust_acc"]) for run in runs]
+        axes.scatter(*zip(*points), marker="x", label="dense")
         axes.set(xscale="log", xlabel="bytes of the file", ylabel="robust accuracy, %")
         axes.legend()
         axes.figure.savefig(args.plot, dpi=120, bbox_inches="tight")

@@ -68,14 +68,14 @@ def get_args(argv=None):
     attack.add_argument("--step-size", type=radius)
     attack.add_argument("--num-steps", type=whole(0, 10000), help="PGD steps in training")
     attack.add_argument("--eval-steps", type=whole(1, 10000), default=50, help="PGD steps in evaluation")
-    attack.add_argument("--restarts", type=whole(1, 1000), default=2, help="random starts in evaluation")
+    attack.add_argument("--restarts", type=whole(1, 1000), default=5, help="random starts in evaluation")
     paper = parser.add_argument_group("CSTAR")
-    paper.add_argument("--ratio", type=number(1, 10000), default=16, help="dense / compact parameters")
+    paper.add_argument("--ratio", type=number(1, 10000), default=16, help="all parameters, dense / compact")
     paper.add_argument("--rank-rule", choices=("hull", "uniform"), default="hull", help="[D] or one fraction")
     paper.add_argument("--admm-epochs", type=whole(0, 10000), help="0 is the one-shot baseline")
-    paper.add_argument("--admm-lr", type=number(1e-8, 10), help="peak rate of ADMM (default: half of --lr)")
+    paper.add_argument("--admm-lr", type=number(1e-8, 10), help="peak learning rate (default: half of --lr)")
     paper.add_argument("--finetune-lr", type=number(1e-8, 10), help="of fine-tuning (default: --lr)")
-    paper.add_argument("--rho", type=number(1e-9, 1000), help="penalty (default: fits the rate and interval)")
+    paper.add_argument("--rho", type=number(1e-9, 1000), help="penalty (default: fits rate and interval)")
     paper.add_argument("--hooi", type=whole(0, 100), default=0, help="alternating sweeps in every projection")
     args = resolve(parser, argv, compress="admm_epochs")
     args.admm_lr, args.finetune_lr = args.admm_lr or args.lr / 2, args.finetune_lr or args.lr
@@ -101,8 +101,8 @@ def is_matrix(w):
 
 
 def tucker2(w, rank, hooi=0):
-    """[B] The factors of a weight (S, C, k, k) at rank (ro, ri): G (ro, ri, k, k), A (S, ro), B (C, ri); of a
-    matrix (S, C) at rank (r,): A (S, r), B' (r, C). Truncated HOSVD in float64, then `hooi` alternating sweeps."""
+    """[B] Factors of a weight (S, C, k, k) at rank (ro, ri): G (ro, ri, k, k), A (S, ro), B (C, ri); matrices
+    (S, C) at rank (r,): A (S, r), B' (r, C). Truncated HOSVD in float64, then `hooi` alternating sweeps."""
     if not w.isfinite().all():
         raise Fault("a weight is not finite: training has diverged (try a lower --lr, or --amp off)")
     w = w.double()
@@ -130,7 +130,7 @@ def project(w, rank, hooi=0):
 # ---------------------------------------------------------------- the method: ranks
 
 def factorisable(model):
-    """{name: layer} that may be factorised: convolutions and linear layers but the first and the last."""
+    """{name: layer} to be factorised: all convolutions and linear layers but the first and the classifier."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     names = [name for name, m in layers.items() if getattr(m, "groups", 1) == 1]
     return {name: layers[name] for name in names[1:-1]}
@@ -145,7 +145,7 @@ def cost(shape, rank):
 
 
 def error_table(w):
-    """[C] Squared error of the projection at rank (ro, ri) in entry [ro - 1, ri - 1]; (r, 1) for a matrix."""
+    """[C] Squared errors (S, C) of the projection, entry [ro - 1, ri - 1]; for a matrix (min(S, C), 1)."""
     w = w.double()
     if is_matrix(w):
         energy = torch.linalg.svdvals(w.flatten(1)).square()[:, None]
@@ -155,7 +155,7 @@ def error_table(w):
 
 
 def chain(w):
-    """Nested states (cost, relative error, rank) of a layer, from rank 1 to dense; each adds one to a rank."""
+    """Nested states (cost, relative error, rank) of a layer, rank 1 to dense; each adds one to one rank."""
     table = (error_table(w) / w.double().square().sum().clamp_min(1e-300)).tolist()
     pair, states = (len(table), len(table[0])), []
     while min(pair) > 0:
@@ -197,9 +197,8 @@ def parameter_budget(model, ratio):
 def choose_ranks(weights, budget, rule="hull"):
     """[D] Ranks (ro, ri), (r,) or None (dense) for weights {name: (S, C, ...)}, within `budget` parameters.
 
-    hull: from ranks 1 the hull segments of all layers are taken in order of gain per parameter, until a step
-    does not fit. A larger ratio ends the same list of steps earlier: no rank grows with the ratio.
-    uniform: the same fraction of the full ranks in every layer."""
+    hull: from ranks 1, hull segments of all layers in order of gain per parameter until a step does not fit;
+    a larger ratio ends the list earlier: no rank grows with it. uniform: one fraction of all full ranks."""
     if rule == "uniform":
         def at(fraction):
             ranks = {}
@@ -209,7 +208,6 @@ def choose_ranks(weights, budget, rule="hull"):
                 if cost(w.shape, ranks[name]) >= w.numel():
                     ranks[name] = None
             return ranks
-
         def fits(fraction):
             return sum(cost(weights[name].shape, rank) for name, rank in at(fraction).items()) <= budget
         grid = 1 << 20                                               # fractions to a millionth, by bisection
@@ -300,7 +298,7 @@ def factorise(model, ranks, hooi=0):
 
 
 def build(artifact):
-    """The network of a model.pt: plain, but thin layers where a rank is stored; weights are loaded strictly."""
+    """The network of a model.pt: thin layers where a rank is stored, else plain; weights loaded strictly."""
     model = build_network(**artifact["network"])
     for name, rank in artifact["ranks"].items():
         if rank is not None:
@@ -331,7 +329,7 @@ def train_epoch(model, batches, optimizer, schedule, args, penalty=None):
     total = right = n = 0
     for x, y in batches:
         with autocast(args):
-            model.eval()                                             # the attack sees fixed statistics
+            model.eval()                                         # the attack sees fixed batch-norm statistics
             x_adv = pgd(model, x, y, args.epsilon, args.step_size, args.num_steps)   # [A] inner max
             model.train()
             logits = model(x_adv)
@@ -374,8 +372,8 @@ def main(argv=None):
         return choose_ranks({n: m.weight.detach().cpu() for n, m in layers.items()}, budget, args.rank_rule)
     ranks = run.once("ranks", save_dense_and_choose_ranks)           # [D]
 
-    # Phase 2: ADMM pulls the dense weights towards those ranks.
-    # W follows Z - U with time constant (1 - momentum) / (lr rho) steps; three fit an epoch, between updates.
+    # Phase 2: ADMM pulls the dense weights towards those ranks. W follows Z - U with time constant
+    # (1 - momentum) / (lr rho) steps; three of them fit an epoch, the interval of updates.
     rho = args.rho or 3 * (1 - args.momentum) / (args.admm_lr * data.steps(args.batch_size))
     admm = ADMM(layers, ranks, rho, args.hooi)
     optimizer, schedule = sgd(model, args.admm_lr, args.admm_epochs, data, args)
