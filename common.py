@@ -2,8 +2,8 @@
 
 Nothing in this file belongs to one paper. A network takes images in [0, 1], (N, C, H, W), and gives logits.
 
-    python common.py evaluate FILE       judges any saved network: PGD, margin loss, transfer, AutoAttack
-    python common.py compare DIR...      one Markdown table over finished runs of all scripts
+  python common.py evaluate runs/DIR/model.pt   judges a saved network: PGD, margin loss, transfer, AutoAttack
+  python common.py compare runs/*               one Markdown table over finished runs of all scripts
 """
 import argparse
 import contextlib
@@ -29,8 +29,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# What a data set is trained with unless a flag says otherwise; the keys are flags. The epochs are ours: digits
-# fits two minutes of two CPU cores, the others suit a GPU. compress_epochs are those of the paper's own phase.
+# The defaults of every data set; the keys are flags. The epochs are ours: digits fits two minutes of two CPU
+# cores, the other sets are meant for a GPU. compress_epochs are those of the paper's own phase.
 CIFAR = dict(arch="resnet18", width=16, pretrain_epochs=30, compress_epochs=15, finetune_epochs=15,
              batch_size=256, lr=0.2, epsilon=8 / 255, step_size=2 / 255, num_steps=10, crop=4, flip=True)
 GREY = CIFAR | dict(width=4, crop=0, flip=False)
@@ -49,8 +49,7 @@ class Fault(RuntimeError):
 
 
 class UsageFault(Fault):
-    """A wrong flag, or flags that contradict each other or the data: one line, exit status 2, nothing
-    written."""
+    """A wrong flag, or flags that contradict each other or the data: one line, status 2, nothing written."""
     status = 2
 
 
@@ -60,7 +59,6 @@ def first_line(fault):
 
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, whose errors are one line."""
-
     def __init__(self, description, **more):
         super().__init__(description=description.strip().splitlines()[0], allow_abbrev=False, **more)
 
@@ -75,8 +73,8 @@ def number(low, high, kind=float, hint=""):
             value = float(Fraction(text)) if kind is float else int(text)
             if low <= value <= high:
                 return value
-        what = "a number" if kind is float else "a whole number"
-        raise argparse.ArgumentTypeError(f"{text} is not {what} from {low} to {high}{hint}")
+        wanted = "a number" if kind is float else "a whole number"
+        raise argparse.ArgumentTypeError(f"{text} is not {wanted} from {low} to {high}{hint}")
     return convert
 
 
@@ -88,9 +86,8 @@ radius = number(0, 1, hint=" (pixels are in [0, 1]: write 8/255, not 8)")
 
 
 def resolve(parser, argv, compress):
-    """Parses the flags, fills those not given from RECIPES, refuses contradictions, and seeds torch.
-
-    compress: the name of the flag that holds the epochs of the paper's own phase."""
+    """Parses the flags, fills those not given from RECIPES, refuses contradictions, and seeds torch; compress
+    names the flag that holds the epochs of the paper's own phase."""
     args = parser.parse_args(argv)
     if args.dataset not in RECIPES and args.epsilon is None:
         parser.error(f"argument --dataset: {args.dataset} is none of {', '.join(RECIPES)}; a folder of "
@@ -105,8 +102,8 @@ def resolve(parser, argv, compress):
             setattr(args, name, value)
     args.device = check_device(args.device)
     args.amp = args.amp == "on" or args.amp == "auto" and bfloat16_is_fast(args.device)
-    name = f"{args.dataset}-{args.arch}w{args.width}-r{args.ratio:g}-s{args.seed}"
-    args.output = args.output or f"runs/{parser.prog.removesuffix('.py')}-{name}"
+    name = f"{parser.prog.removesuffix('.py')}-{args.dataset}-{args.arch}w{args.width}"
+    args.output = args.output or f"runs/{name}-r{args.ratio:g}-s{args.seed}"
     torch.manual_seed(args.seed)
     return args
 
@@ -117,13 +114,12 @@ def check_device(name):
     if name == "auto" or name == "cuda" and cuda:
         return [*cuda, "cpu"][0]
     if name not in ["cpu", *cuda]:
-        raise UsageFault(f"argument --device: {name} is not here; there are {', '.join(['cpu', *cuda])}")
+        raise UsageFault(f"argument --device: {name} is none of this machine's {', '.join(['cpu', *cuda])}")
     return name
 
 
 def bfloat16_is_fast(device):
-    """Whether the hardware multiplies bfloat16; where it does, training is 2 to 3 times as fast as in
-    float32."""
+    """Whether the hardware multiplies bfloat16: training is then 2 to 3 times as fast as in float32."""
     if device != "cpu":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     features = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")        # absent in some builds of torch
@@ -136,15 +132,14 @@ def autocast(args):
 
 
 def cli(main):
-    """Runs main(); a fault becomes one line and an exit status; a signal stops at once and says how to
-    continue."""
+    """Runs main(); a fault becomes one line and a status; a signal stops at once and says how to continue."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     status = message = None
     try:
         main()
     except Fault as fault:
         status, message = fault.status, fault
-    except BrokenPipeError:                                          # `| head` closed the pipe
+    except BrokenPipeError:                                      # `| head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except torch.OutOfMemoryError:
@@ -171,11 +166,7 @@ TORCHVISION = {"mnist": ("MNIST", "MNIST/raw"), "cifar10": ("CIFAR10", "cifar-10
 
 class Data:
     """A data set on the device: (uint8 images (N, C, H, W), labels (N,)) to train and to test on, and class
-    names.
-
-    A training batch is shuffled, cropped (after zero padding by `crop` pixels) and flipped on the
-    device."""
-
+    names. A training batch is shuffled, cropped (after zero padding by `crop` pixels) and flipped there."""
     def __init__(self, train, test, classes, crop=0, flip=False):
         self.train, self.test, self.classes, self.crop, self.flip = train, test, classes, crop, flip
 
@@ -202,12 +193,12 @@ def augment(x, crop, flip, generator):
         return x
     b, c, h, w = (torch.arange(n, device=x.device) for n in x.shape)
     dy, dx = torch.randint(0, 2 * crop + 1, (2, len(b), 1), generator=generator, device=x.device)
-    rows, cols = dy + h, dx + w                                                           # (B, H), (B, W)
+    rows, cols = dy + h, dx + w                                  # (B, H), (B, W)
     if flip:
         mirrored = torch.rand(len(b), 1, generator=generator, device=x.device) < 0.5
         cols = torch.where(mirrored, cols.flip(1), cols)
-    b, c, rows, cols = b[:, None, None, None], c[:, None, None], rows[:, None, :, None], cols[:, None, None]
-    return F.pad(x, (crop,) * 4)[b, c, rows, cols]
+    return F.pad(x, (crop,) * 4)[b[:, None, None, None], c[:, None, None],
+                                 rows[:, None, :, None], cols[:, None, None]]
 
 
 def balanced(labels, count):
@@ -219,11 +210,9 @@ def balanced(labels, count):
 
 
 def load_data(args):
-    """The data set that the flags name, as Data on args.device; nothing is substituted silently.
-
-    It is looked for under args.data_dir as torchvision lays it out, then as class folders
-    NAME/{train,test}/<class>/*; a known set that is absent is downloaded by torchvision. digits lies beside
-    this file."""
+    """The data set that the flags name, as Data on args.device; nothing is substituted silently. It is looked
+    for in args.data_dir as torchvision lays it out, then as class folders NAME/{train,test}/<class>/*; a
+    known set that is absent is downloaded by torchvision. digits lies beside this file."""
     name, root = args.dataset, Path(args.data_dir)
     if name == "digits":
         train, test, classes = read_digits()
@@ -237,18 +226,17 @@ def load_data(args):
     pairs = []
     for (images, labels), (flag, count) in zip((train, test), wanted):
         if count and not len(classes) <= count <= len(labels):
-            raise UsageFault(f"argument {flag}: {count} is not from {len(classes)} to {len(labels)} images")
+            raise UsageFault(f"argument {flag}: {count} is not from {len(classes)} to {len(labels)} (all)")
         if 0 < count < len(labels):
             chosen = balanced(labels, count)
             images, labels = images[chosen], labels[chosen]
-        pairs.append([torch.from_numpy(a).to(args.device) for a in (images, labels.astype(np.int64))])
+        pairs.append(tuple(torch.from_numpy(a).to(args.device) for a in (images, labels.astype(np.int64))))
     recipe = RECIPES.get(name, CIFAR)
     return Data(*pairs, classes, recipe["crop"], recipe["flip"])
 
 
 def read_digits():
-    """1,797 real 8x8 digits (UCI, as scikit-learn ships them), grey levels 0 to 16; the last 360 are the
-    test set."""
+    """1,797 real 8x8 digits (UCI, as in scikit-learn), grey levels 0 to 16; the last 360 are the test set."""
     with np.load(Path(__file__).parent / "data" / "digits.npz") as stored:
         images, labels = np.rint(stored["images"][:, None] * (255 / 16)).astype(np.uint8), stored["labels"]
     return (images[:-360], labels[:-360]), (images[-360:], labels[-360:]), [str(d) for d in range(10)]
@@ -257,41 +245,39 @@ def read_digits():
 def read_torchvision(name, root):
     """A known set as torchvision lays it out, downloaded by torchvision if it is absent."""
     if name not in TORCHVISION:
-        raise UsageFault(f"argument --dataset: there is no {root / name / 'train'} with a folder a class")
-    try:                              # RuntimeError, not ImportError, when torch and torchvision do not match
+        raise UsageFault(f"argument --dataset: there is no folder {root / name / 'train'} of class folders")
+    try:                            # RuntimeError, not ImportError, when torch and torchvision do not match
         import torchvision.datasets
         reader = getattr(torchvision.datasets, TORCHVISION[name][0])
         options = [dict(split=s) if name == "svhn" else dict(train=s == "train") for s in ("train", "test")]
         splits = [reader(str(root), download=True, **option) for option in options]
     except (ImportError, RuntimeError, OSError) as fault:
-        raise Fault(f"{name} is neither in {root / TORCHVISION[name][1]} nor in {root / name}/train/<class>/, "
-                    f"and torchvision could not fetch or read it ({first_line(fault)}); put the files there, or "
-                    "use --dataset digits, which needs none") from None
+        raise Fault(f"{name} is neither in {root / TORCHVISION[name][1]} nor in {root / name}/train/<class>, "
+                    f"and torchvision could not fetch or read it ({first_line(fault)}); put "
+                    "the files there, or use --dataset digits, which needs none") from None
     pairs = []
     for split in splits:
-        images, labels = np.asarray(split.data), np.asarray(split.labels if name == "svhn" else split.targets)
-        if name != "svhn":                                         # (N, H, W) or (N, H, W, C) -> (N, C, H, W)
-            images = images[..., None] if name == "mnist" else images
-            images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-        pairs.append((images, labels))
+        x, y = np.asarray(split.data), np.asarray(split.labels if name == "svhn" else split.targets)
+        if name != "svhn":                                       # (N, H, W) or (N, H, W, C) -> (N, C, H, W)
+            x = x[:, None] if name == "mnist" else np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+        pairs.append((x, y))
     return *pairs, getattr(splits[0], "classes", [str(d) for d in range(10)])
 
 
 def read_folders(root, workers):
-    """Class folders ROOT/{train,test}/<class>/*, any type that Pillow reads; decoded once, then cached in
-    one npz."""
+    """Class folders ROOT/{train,test}/<class>/*, any type Pillow reads; decoded once, cached in one npz."""
     from PIL import Image
     classes = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
     files, stamp = {"train": [], "test": []}, hashlib.sha1()
     for split, listed in files.items():
-        found = sorted(entry.name for entry in (root / split).glob("*/"))
+        folder = root / split
+        found = sorted(e.name for e in os.scandir(folder) if e.is_dir()) if folder.is_dir() else []
         if found != classes or len(classes) < 2:
-            raise Fault(f"{root / split} holds the class folders {found}; {root / 'train'} holds {classes}, and "
-                        "both must hold the same, two at least")
+            raise Fault(f"{folder} has class folders {found}; wanted: those of {root / 'train'}, two or more")
         for label, name in enumerate(classes):
-            images = sorted((e.path, e.stat()) for e in os.scandir(root / split / name) if e.is_file())
+            images = sorted((e.path, e.stat()) for e in os.scandir(folder / name) if e.is_file())
             if not images:
-                raise Fault(f"{root / split / name} holds no images")
+                raise Fault(f"{folder / name} holds no images")
             listed += [(path, label) for path, _ in images]
             stamp.update("".join(f"{path} {s.st_size} {s.st_mtime_ns}\n" for path, s in images).encode())
     cache = root.with_name(f"{root.name}-cache.npz")
@@ -310,9 +296,8 @@ def read_folders(root, workers):
     def decode(path):
         image = read(path)
         if image.size != size or image.mode[0] in "IF" or mode == "L" and image.mode not in ("L", "1"):
-            raise Fault(f"{path} is {image.size} {image.mode}, the first image {size} {mode}; wanted is one kind")
+            raise Fault(f"{path} is {image.size} {image.mode}, the first image {size} {mode}: all must match")
         return np.asarray(image.convert(mode)).reshape(*size[::-1], -1).transpose(2, 0, 1)
-
     first = read(files["train"][0][0])
     size, mode = first.size, "L" if first.mode in ("L", "1") else "RGB"
     arrays = {"stamp": np.array(stamp.hexdigest())}
@@ -322,7 +307,7 @@ def read_folders(root, workers):
             for i, pixels in enumerate(pool.map(decode, [path for path, _ in listed])):
                 images[i] = pixels
             arrays |= {f"{split}_x": images, f"{split}_y": np.array([label for _, label in listed])}
-    with contextlib.suppress(OSError):                        # a folder that is read-only: decoded every time
+    with contextlib.suppress(OSError):                           # a read-only folder: decoded every time
         temporary = cache.with_name(f"{cache.stem}-{os.getpid()}.tmp.npz")
         np.savez(temporary, **arrays)
         os.replace(temporary, cache)
@@ -342,8 +327,8 @@ class BasicBlock(nn.Module):
         self.conv2, self.bn2 = conv3x3(c_out, c_out), nn.BatchNorm2d(c_out)
         self.shortcut = nn.Sequential()
         if c_in != c_out:
-            conv = nn.Conv2d(c_in, c_out, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(c_out))
+            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False),
+                                          nn.BatchNorm2d(c_out))
 
     def forward(self, x):
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -352,7 +337,6 @@ class BasicBlock(nn.Module):
 
 class ResNet18(nn.Module):
     """ResNet-18 for small images, with the layer names of the common CIFAR implementation."""
-
     def __init__(self, width, channels, classes, size):
         super().__init__()
         w = [4 * width] + [c * width for c in (4, 8, 16, 32)]
@@ -370,7 +354,6 @@ class ResNet18(nn.Module):
 
 class VGG16(nn.Module):
     """VGG-16 with batch norm, convolution biases and one linear layer: the ADMM paper's."""
-
     def __init__(self, width, channels, classes, size):
         super().__init__()
         layers, c_in = [], channels
@@ -400,7 +383,6 @@ class WideBlock(nn.Module):
 
 class WRN28_4(nn.Module):
     """Wide ResNet 28-4, pre-activation, without the unused extra block that some public copies carry."""
-
     def __init__(self, width, channels, classes, size):
         super().__init__()
         w = [c * width for c in (1, 4, 8, 16)]
@@ -417,7 +399,6 @@ class WRN28_4(nn.Module):
 
 class LeNet(nn.Module):
     """The ADMM paper's LeNets: the padded one (MNIST) for one channel, the unpadded one (CIFAR) for more."""
-
     def __init__(self, width, channels, classes, size):
         super().__init__()
         c1, c2, *hidden, pad = (2, 4, 64, 2) if channels == 1 else (6, 16, 120, 84, 0)
@@ -439,12 +420,10 @@ NETWORKS = {"resnet18": ResNet18, "vgg16": VGG16, "wrn28_4": WRN28_4, "lenet": L
 
 
 def build_network(arch, width, channels, classes, size):
-    """A network of NETWORKS for images (channels, *size); width 16 is the standard one. UsageFault if it is
-    too deep."""
+    """A network of NETWORKS for images (channels, *size), width 16 being standard; UsageFault if too deep."""
     least = {"resnet18": 8, "vgg16": 32, "wrn28_4": 4, "lenet": 4 if channels == 1 else 16}[arch]
     if min(size) < least:
-        raise UsageFault(f"argument --arch: {arch} is too deep for images of {size[0]}x{size[1]}; it takes "
-                         f"{least}x{least} and larger ones")
+        raise UsageFault(f"argument --arch: {arch} is too deep for {size[0]}x{size[1]}; its least is {least}")
     return NETWORKS[arch](width, channels, classes, size)
 
 
@@ -466,20 +445,17 @@ def prepare(model, args):
 
 
 def sgd(model, lr, epochs, data, args):
-    """SGD with Nesterov momentum; its learning rate rises over a fifth of the steps to lr and falls to 0 as
-    a cosine."""
-    optimizer = torch.optim.SGD(model.parameters(), lr, args.momentum, weight_decay=args.weight_decay,
-                                nesterov=args.momentum > 0, fused=True)
+    """SGD with Nesterov momentum; the rate rises to lr in a fifth of the steps and falls to 0 as a cosine."""
+    opt = torch.optim.SGD(model.parameters(), lr, args.momentum, weight_decay=args.weight_decay,
+                          nesterov=args.momentum > 0, fused=True)
     steps = max(1, epochs * data.steps(args.batch_size))
-    one_cycle = torch.optim.lr_scheduler.OneCycleLR
-    return optimizer, one_cycle(optimizer, lr, steps + 1, pct_start=0.2, cycle_momentum=False)
+    return opt, torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps + 1, pct_start=0.2, cycle_momentum=False)
 
 
 # ---------------------------------------------------------------- the attack
 
 def margin_loss(logits, y):
-    """Carlini and Wagner's l_inf objective (N,): the largest other logit minus the true one; above 0 is
-    misclassified."""
+    """Carlini and Wagner's l_inf loss (N,): largest other logit minus the true one, > 0 if misclassified."""
     true = F.one_hot(y, logits.shape[1]).bool()
     return logits.masked_fill(true, -math.inf).amax(1) - logits[true]
 
@@ -489,8 +465,7 @@ LOSSES = {"ce": lambda logits, y: F.cross_entropy(logits, y, reduction="none"), 
 
 @contextlib.contextmanager
 def frozen(model):
-    """Within it weights take no gradient (torch.compile would compute it); at its end running statistics
-    are put back."""
+    """Within it weights take no gradient (torch.compile computes it); running statistics are put back."""
     weights = [p for p in model.parameters() if p.requires_grad]
     buffers = [(b, b.clone()) for b in model.buffers()] if any(m.training for m in model.modules()) else []
     for p in weights:
@@ -506,16 +481,15 @@ def frozen(model):
 
 def pgd(model, x, y, epsilon, step_size, num_steps, *, loss="ce", random_start=True, start=None, eot=1,
         generator=None, broken_at=None):
-    """Projected gradient ascent in the l_inf ball (Madry et al. 2018): x <- clip(x + step_size * sign(grad
-    loss)).
+    """Projected gradient ascent, l_inf (Madry et al. 2018): x <- clip(x + step_size * sign(grad loss)).
 
     x (N, C, H, W) in [0, 1], y (N,); epsilon, step_size in units of the pixel range. Returns x_adv, like x,
-    within epsilon of x and within [0, 1]. FGSM is num_steps=1, step_size=epsilon, random_start=False. loss:
-    'ce', 'margin' or f(logits, y) -> (N,). start: the first iterate, instead of a random one. eot:
-    gradients are averaged over that many passes, for random networks. Weights, their .grad, modes and
-    running statistics stay as they are; whether batch norm uses running statistics is the caller's choice
-    of model.eval(). broken_at (N,) int, for evaluation: an image leaves the batch at its first
-    misclassified iterate t, which is written there. Raises Fault on a gradient that is not finite."""
+    within epsilon of x and within [0, 1]. FGSM is num_steps=1, step_size=epsilon, random_start=False.
+    loss: 'ce', 'margin' or f(logits, y) -> (N,). start: the first iterate, instead of a random one. eot:
+    gradients are averaged over that many passes, for random networks. Weights, .grad, modes and running
+    statistics stay as they are; whether batch norm uses the latter is the caller's choice of model.eval().
+    broken_at (N,) int, for evaluation: an image leaves the batch at its first misclassified iterate t, which
+    is written there. Raises Fault on a gradient that is not finite."""
     objective = LOSSES.get(loss, loss)
     lower, upper = (x - epsilon).clamp_(min=0), (x + epsilon).clamp_(max=1)
     if start is None:
@@ -540,12 +514,12 @@ def pgd(model, x, y, epsilon, step_size, num_steps, *, loss="ce", random_start=T
             if not len(live):
                 break
     if not finite:
-        raise Fault("the attack's gradient is not finite: training has diverged; a lower --lr may help")
+        raise Fault("the attack's gradient is not finite: training diverged (try a lower --lr, or --amp off)")
     done[live] = x_adv.detach()
     return done
 
 
-# ---------------------------------------------------------------- evaluation
+# ---------------------------------------------------------------- evaluation and counting
 
 def interval(accuracy, n, z=1.959964):
     """Wilson's 95 % interval [low, high] of an accuracy over n images, all in per cent."""
@@ -589,15 +563,12 @@ def is_random(model, x):
 
 def first_break(model, images, generator, *, epsilon, step_size, num_steps, restarts=1, loss="ce",
                 random_start=True):
-    """(N,) int, the first misclassified iterate over all restarts: -1 is the clean image, num_steps the
-    last iterate, num_steps + 1 means that none was.
-
-    A restart begins with all images that are right when clean, so what happens at iterate t of restart r
-    depends on nothing that comes after it: more steps or restarts can only break more images."""
-    result = torch.full_like(images[1], num_steps + 1)
-    for restart in range(restarts):
-        label = f"attack {restart + 1}/{restarts}"
-        for x, y, first in progress(batched(*images, result), label, len(result) // 250 + 1):
+    """(N,) int, the first misclassified iterate over all restarts: -1 is the clean image, num_steps the last
+    iterate, num_steps + 1 none. A restart begins with all images that are right when clean, so what happens
+    at iterate t of restart r depends on nothing later: more steps or restarts can only break more images."""
+    out = torch.full_like(images[1], num_steps + 1)
+    for r in range(restarts):
+        for x, y, first in progress(batched(*images, out), f"attack {r + 1}/{restarts}", len(out) // 250 + 1):
             noise = 2 * torch.rand(x.shape, generator=generator, device=x.device) - 1   # drawn for all images
             right = logits_of(model, x).argmax(1) == y
             first[~right] = -1
@@ -607,7 +578,7 @@ def first_break(model, images, generator, *, epsilon, step_size, num_steps, rest
                 x_adv = pgd(model, x, y, epsilon, step_size, num_steps, loss=loss, start=start, broken_at=at)
                 at[(logits_of(model, x_adv).argmax(1) != y) & (at > num_steps)] = num_steps
                 first[right] = torch.minimum(first[right], at)
-    return result
+    return out
 
 
 def batched(images, labels, *more):
@@ -622,9 +593,8 @@ def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=1, loss="
     """Clean and robust accuracy in per cent over images = (uint8 (N, C, H, W), labels (N,)), in float32.
 
     Robust is an image whose clean form and whose every iterate of every restart are classified correctly. A
-    random network gets gradients averaged over `eot` passes, the verdict on the last iterate, the mean over
-    10 draws and the worst restart instead. Returns a dict: accuracies, 95 % intervals, the number of
-    images, the attack's settings."""
+    random network instead gets gradients averaged over `eot` passes, the verdict on the last iterate, the
+    mean over 10 draws and the worst restart. Returns a dict: accuracies, 95 % intervals, images, attack."""
     attack = dict(epsilon=epsilon, step_size=step_size, num_steps=num_steps, restarts=restarts, loss=loss,
                   random_start=random_start)
     with judging(model, seed=seed) as generator:
@@ -634,38 +604,26 @@ def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=1, loss="
         else:
             def draws(x, y):
                 return torch.stack([logits_of(model, x).argmax(1) == y for _ in range(10)]).double().mean(0)
-
-            def attacked(x, y):
-                return pgd(model, x, y, epsilon, step_size, num_steps, loss=loss, random_start=random_start,
-                           eot=eot, generator=generator)
             attack |= dict(eot=eot, draws=10)
             clean = torch.cat([draws(x, y) for x, y in batched(*images)])
-            robust = torch.stack([torch.cat([draws(attacked(x, y), y) for x, y in batched(*images)])
-                                  for _ in range(restarts)]).amin(0)
+            robust = torch.stack([torch.cat([draws(pgd(
+                model, x, y, epsilon, step_size, num_steps, loss=loss, eot=eot, random_start=random_start,
+                generator=generator), y) for x, y in batched(*images)]) for _ in range(restarts)]).amin(0)
     n, clean, robust = len(clean), per_cent(clean), per_cent(robust)
     return dict(clean_acc=clean, clean_ci=interval(clean, n), robust_acc=robust,
                 robust_ci=interval(robust, n), images=n, attack=dict(norm="l_inf", **attack, seed=seed))
 
 
-def attack_of(args):
-    """The evaluation attack that the flags describe."""
-    return dict(epsilon=args.epsilon, step_size=args.step_size, num_steps=args.eval_steps, seed=args.seed)
-
-
 def sanity_flags(model, images, *, epsilon, step_size, num_steps, seed=0):
     """Signs that a robust accuracy cannot be trusted (after Carlini et al. 2019, Athalye et al. 2018), as
-    sentences.
-
-    Judged on the first 250 images; an honest network raises none."""
+    sentences. Judged on the first 250 images; an honest network raises none."""
     images = [t[:250] for t in images]
-    # 2 points, or 3 images
-    x, y, flags, slack = to_float(images[0]), images[1], [], max(2, 300 / len(images[1]))
+    x, y, flags, slack = to_float(images[0]), images[1], [], max(2, 300 / len(images[1]))  # 2 % or 3 images
     with judging(model, seed=seed) as generator:
         def robust(steps, epsilon, step_size, count=None, **more):
             first = first_break(model, images, generator, epsilon=epsilon, step_size=step_size,
                                 num_steps=steps, **more)
             return per_cent(first > (count or steps)), per_cent(first > steps)
-
         logits = logits_of(model, x)
         alone = torch.cat([logits_of(model, image[None]) for image in x[:32]])
         if is_random(model, x):
@@ -686,11 +644,9 @@ def sanity_flags(model, images, *, epsilon, step_size, num_steps, seed=0):
         fgsm, _ = robust(1, epsilon, epsilon, random_start=False)
         if once - fgsm > slack:
             flags.append(f"FGSM ({fgsm:.1f} %) is stronger than PGD ({once:.1f} %)")
-        quiet = torch.ones_like(y, dtype=torch.bool)
-        for _ in range(20):
-            sign = torch.randint(0, 2, x.shape, generator=generator, device=x.device) * 2 - 1
-            quiet &= logits_of(model, (x + epsilon * sign).clamp(0, 1)).argmax(1) == y
-        noise = per_cent(quiet)
+        bits = (torch.randint(0, 2, x.shape, generator=generator, device=x.device) for _ in range(20))
+        noisy = ((x + epsilon * (b * 2 - 1)).clamp(0, 1) for b in bits)
+        noise = per_cent(torch.stack([logits_of(model, n).argmax(1) == y for n in noisy]).all(0))
         if once - noise > slack:
             flags.append(f"random noise ({noise:.1f} %) is stronger than PGD ({once:.1f} %)")
         wild, _ = robust(num_steps, 1.0, 0.1)
@@ -702,15 +658,13 @@ def sanity_flags(model, images, *, epsilon, step_size, num_steps, seed=0):
 def transfer(model, source, images, *, epsilon, step_size, num_steps, seed=0):
     """Accuracy in per cent under PGD examples made on another network, `source`."""
     with judging(source, model, seed=seed) as generator:
-        def right(x, y):
-            x_adv = pgd(source, x, y, epsilon, step_size, num_steps, generator=generator)
-            return logits_of(model, x_adv).argmax(1) == y
-        return per_cent(torch.cat([right(x, y) for x, y in batched(*images)]))
+        pairs = ((pgd(source, x, y, epsilon, step_size, num_steps, generator=generator), y)
+                 for x, y in batched(*images))
+        return per_cent(torch.cat([logits_of(model, x_adv).argmax(1) == y for x_adv, y in pairs]))
 
 
 def autoattack(model, images, *, epsilon, seed=0):
-    """Accuracy in per cent under AutoAttack (Croce and Hein 2020), from the optional package pyautoattack,
-    and its version."""
+    """Accuracy in per cent under AutoAttack (Croce and Hein 2020; optional pyautoattack), and its version."""
     from pyautoattack import AutoAttack
     with judging(model, seed=seed):
         x, y = to_float(images[0]), images[1]
@@ -718,17 +672,14 @@ def autoattack(model, images, *, epsilon, seed=0):
         judge = AutoAttack(model, eps=epsilon, norm="Linf", version=version, seed=seed, device=x.device)
         with torch.enable_grad():
             x_adv = judge.run_standard_evaluation(x, y, batch_size=250)[0]
-        labels = torch.cat([logits_of(model, part).argmax(1) for part in x_adv.split(250)])
-        return per_cent(labels == y), version
+        return per_cent(torch.cat([logits_of(model, x).argmax(1) for x in x_adv.split(250)]) == y), version
 
-
-# ---------------------------------------------------------------- counting
 
 def count_macs(model, network):
     """Multiply-accumulates of all convolutions and linear layers for one image."""
     def add(module, _, out):
-        counts.append(out.numel() * module.weight[0].numel())         # outputs, times the weights of each
-
+        each = module.in_features if isinstance(module, nn.Linear) else module.weight[0].numel()
+        counts.append(out.numel() * each)
     counts, layers = [], [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     hooks = [layer.register_forward_hook(add) for layer in layers]
     with judging(model):
@@ -740,10 +691,9 @@ def count_macs(model, network):
 
 @torch.no_grad()
 def latency(models, network, batch_size, device):
-    """Median milliseconds of a forward pass of each model, float32 and channels last, measured in turn in
-    one loop."""
-    x = torch.zeros(batch_size, network["channels"], *network["size"], device=device)
-    x = x.contiguous(memory_format=torch.channels_last)
+    """Median milliseconds of each model's forward pass, float32, channels last, timed in turn in one loop."""
+    shape = batch_size, network["channels"], *network["size"]
+    x = to_float(torch.zeros(shape, dtype=torch.uint8, device=device))
     times, begin = [[] for _ in models], time.perf_counter()
     while len(times[0]) < 6 or time.perf_counter() - begin < 0.5:
         for model, measured in zip(models, times):
@@ -752,7 +702,7 @@ def latency(models, network, batch_size, device):
             if device != "cpu":
                 torch.cuda.synchronize()
             measured.append(1000 * (time.perf_counter() - before))
-    return [round(statistics.median(t[1:]), 3) for t in times]                        # the first one warms up
+    return [round(statistics.median(t[1:]), 3) for t in times]   # the first one warms up
 
 
 # ---------------------------------------------------------------- files
@@ -768,7 +718,7 @@ def save_file(path, content):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as fault:
         free = shutil.disk_usage(path.parent).free // 2**20
-        raise Fault(f"{path} could not be written ({first_line(fault)}); {free} MiB are free there") from None
+        raise Fault(f"{path} was not written ({first_line(fault)}); {free} MiB are free") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -824,8 +774,7 @@ def read_model(path):
 
 
 def load_model(path):
-    """The network in a model.pt or dense.pt: a plain nn.Module in eval mode on the CPU, images in [0, 1] to
-    logits."""
+    """The network in a model.pt or dense.pt: a plain nn.Module in eval mode on the CPU, [0, 1] to logits."""
     return read_model(path)[1]
 
 
@@ -841,9 +790,9 @@ def load_pretrained(model, path, network):
     if not Path(path).is_file():
         raise UsageFault(f"argument --pretrained: there is no file {path}")
     artifact = read_model(path)[0]
-    if artifact["script"] != "common" or artifact["network"] != network:
-        raise UsageFault(f"argument --pretrained: {path} holds {artifact['network']} of "
-                         f"{artifact['script']}.py, not {network}")
+    script, held = artifact["script"], artifact["network"]
+    if script != "common" or held != network:
+        raise UsageFault(f"argument --pretrained: {path} holds {held} of {script}.py, not {network}")
     model.load_state_dict(artifact["state"])
 
 
@@ -862,11 +811,9 @@ def progress(items, label, total):
 
 
 class Run:
-    """One run's output folder: its log, its checkpoint and its result.
-
-    Besides once(), epochs() is all that a script needs to be resumable: it yields the epochs still to do
-    and saves after each. last.pt holds phase, epoch, the state of the objects named there, random states,
-    and what once() computed."""
+    """One run's output folder: its log, its checkpoint and its result. Besides once(), epochs() is all that a
+    script needs to be resumable: it yields the epochs still to do and saves after each. last.pt holds phase,
+    epoch, the state of the objects named there, random states, and what once() computed."""
     active = False
 
     def __init__(self, args, data, script, argv):
@@ -884,13 +831,16 @@ class Run:
         if last.is_file():
             self.saved = read_file(last, "script", "args", "phase", "epoch", "states", "memo", "seconds",
                                    "random", "log_size")
-            judged = {k: self.flags[k] for k in ("eval_images", "eval_steps", "restarts")}    # may change until then
+            judged = {k: self.flags[k] for k in ("eval_images", "eval_steps", "restarts")}    # so may these
             changed = {k: v for k, v in judged.items() if self.saved["args"].get(k) != v}
-            self.check(self.saved["args"] | judged, self.saved["script"], "not finished; --resume continues it")
+            before = self.saved["args"] | judged
+            self.check(before, self.saved["script"], "not finished; --resume continues it")
+            if (self.saved["random"]["cuda"] is None) != (args.device == "cpu"):
+                raise UsageFault(f"argument --device: {self.folder} was not begun on {args.device}")
             self.memo, self.seconds = self.saved["memo"], self.saved["seconds"]
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file = open(self.folder / "log.jsonl", "a")
-        with contextlib.suppress(ImportError):                       # no fcntl, no lock, on Windows
+        with contextlib.suppress(ImportError):                   # no fcntl, no lock, on Windows
             import fcntl
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -921,28 +871,25 @@ class Run:
         """One line of key:value on stdout, and the same as JSON in log.jsonl."""
         if self.phase:
             fields = {"phase": self.phase, **fields, "seconds": round(time.time() - self.begin, 2)}
-        shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in fields.items()}
-        print(*(f"{k}:{v}" for k, v in shown.items()), flush=True)
+        shown = (f"{k}:{v:.5g}" if isinstance(v, float) else f"{k}:{v}" for k, v in fields.items())
+        print(*shown, flush=True)
         self.file.write(json.dumps(fields) + "\n")
         self.file.flush()
 
     def once(self, name, compute):
-        """The value of compute(), plain data: computed once in the life of a run and kept in its
-        checkpoints."""
+        """The value of compute(), plain data: computed once in a run's life and kept in its checkpoints."""
         if name not in self.memo:
             self.memo[name] = compute()
         return self.memo[name]
 
     def begun(self, phase):
-        """Whether this continues a run that was stopped in `phase`, whose preparation is therefore in the
-        checkpoint."""
+        """Whether this continues a run stopped in `phase`, whose preparation is thus in the checkpoint."""
         return self.saved is not None and self.saved["phase"] == phase
 
     def epochs(self, phase, count, **stateful):
-        """Yields those of a phase's epochs 0 .. count-1 that are still to do; saves after each what is
-        `stateful`."""
+        """Yields a phase's epochs 0 .. count-1 that are still to do; saves after each what is `stateful`."""
         first = 0
-        if self.saved and not self.begun(phase):                     # the run was stopped in a later phase
+        if self.saved and not self.begun(phase):                 # the run was stopped in a later phase
             return
         self.phase = phase
         if self.saved:
@@ -979,36 +926,33 @@ class Run:
         return progress(self.data.batches(size, self.generator), self.label, self.data.steps(size))
 
     def finish(self, **more):
-        """Reads dense.pt and model.pt back from disk, judges both, writes result.json and returns what is
-        in it."""
+        """Reads dense.pt and model.pt back from disk, judges both, writes and returns result.json."""
         self.phase, self.begin, args, device = "final", time.time(), self.args, self.args.device
+        attack = dict(epsilon=args.epsilon, step_size=args.step_size, num_steps=args.eval_steps,
+                      seed=args.seed)
         files = [self.folder / "dense.pt", self.folder / "model.pt"]
         (artifact, dense), (_, compact) = map(read_model, files)
-        network = artifact["network"]
         models = [m.to(device, memory_format=torch.channels_last) for m in (dense, compact)]
-        judged = [evaluate(m, self.data.test, restarts=args.restarts, **attack_of(args)) for m in models]
-        flags = sanity_flags(compact, self.data.test, **attack_of(args))
-        both = dict(parameters=[sum(p.numel() for p in m.parameters()) for m in models],
-                    bytes=[file.stat().st_size for file in files],
-                    macs=[count_macs(m, network) for m in models])
-        sizes = {}
-        for name, (before, after) in both.items():
-            ratio = f"{name.replace('parameters', 'params')}_ratio"
-            sizes |= {name: after, f"dense_{name}": before, ratio: round(before / after, 3)}
-        milliseconds = {f"batch_{b}": dict(zip(("dense", "compact"), latency(models, network, b, device)))
-                        for b in (1, 128)}
-        self.seconds["final"] = time.time() - self.begin
-        self.seconds = {phase: round(seconds, 1) for phase, seconds in self.seconds.items()}
+        judged = [evaluate(m, self.data.test, restarts=args.restarts, **attack) for m in models]
+        network, flags = artifact["network"], sanity_flags(compact, self.data.test, **attack)
+        size, macs = [file.stat().st_size for file in files], [count_macs(m, network) for m in models]
+        count = [sum(p.numel() for p in m.parameters()) for m in models]
+        seconds = self.seconds | {"final": time.time() - self.begin}
+        self.seconds = {k: round(v, 1) for k, v in seconds.items()}
         self.result = dict(
             script=self.script, command=self.command, args=self.flags,
             versions=dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__),
             device="cpu" if device == "cpu" else torch.cuda.get_device_name(device),
             threads=torch.get_num_threads(), seconds=self.seconds, train_images=len(self.data.train[1]),
-            **judged[1], flags=flags, dense=judged[0], **sizes, latency_ms=milliseconds,
+            **judged[1], flags=flags, dense=judged[0],
+            params_ratio=round(count[0] / count[1], 3), parameters=count[1], dense_parameters=count[0],
             nonzeros=sum(int(p.count_nonzero()) for p in compact.parameters()),
+            bytes_ratio=round(size[0] / size[1], 3), bytes=size[1], dense_bytes=size[0],
+            macs_ratio=round(macs[0] / macs[1], 3), macs=macs[1], dense_macs=macs[0],
+            latency_ms={f"batch_{b}": dict(zip(("dense", "compact"), latency(models, network, b, device)))
+                        for b in (1, 128)},
             gpu_memory_bytes=None if device == "cpu" else torch.cuda.max_memory_allocated(device), **more)
-        shown = ("clean_acc", "robust_acc", "images", "params_ratio", "bytes_ratio", "bytes", "dense_bytes",
-                 "macs_ratio")
+        shown = "clean_acc robust_acc images params_ratio bytes_ratio bytes dense_bytes macs_ratio".split()
         self.log(**{k: self.result[k] for k in shown}, dense_clean_acc=judged[0]["clean_acc"],
                  dense_robust_acc=judged[0]["robust_acc"], flags="; ".join(flags) or "none")
         temporary = self.folder / "result.json.tmp"
@@ -1039,7 +983,7 @@ def main(argv=None):
     p.add_argument("--seed", type=whole(0), default=0)
     p.add_argument("--device", default="auto")
     p = commands.add_parser("compare", description="Prints one Markdown table over finished runs.")
-    p.add_argument("folders", nargs="+", help="runs that differ in the seed alone share a row")
+    p.add_argument("folders", nargs="+", help="with a result.json; those differing by seed alone share a row")
     p.add_argument("--plot", help="file for a picture of robust accuracy against bytes; needs matplotlib")
     args = parser.parse_args(argv)
     return evaluate_command(args) if args.command == "evaluate" else compare_command(args)
@@ -1056,9 +1000,9 @@ def evaluate_command(args):
     data, network = load_data(args), artifact["network"]
     here = dict(channels=data.test[0].shape[1], classes=len(data.classes), size=list(data.test[0].shape[2:]))
     if here != {k: network[k] for k in here}:
-        raise UsageFault(f"argument --dataset: {args.dataset} has {here}, the network is for {network}")
+        raise UsageFault(f"argument --dataset: {args.dataset} has {here}, the network was made for {network}")
     model.to(args.device, memory_format=torch.channels_last)
-    attack = attack_of(args)
+    attack = dict(epsilon=args.epsilon, step_size=args.step_size, num_steps=args.eval_steps, seed=args.seed)
     result = dict(model=args.model, script=artifact["script"], dataset=args.dataset,
                   bytes=os.path.getsize(args.model),
                   **evaluate(model, data.test, restarts=args.restarts, loss=args.loss, **attack),
@@ -1077,19 +1021,18 @@ def evaluate_command(args):
 
 
 def compare_command(args):
-    """Prints a row for each set of runs that differ in nothing but the seed: means, and the range where
-    there are several."""
+    """Prints a row for each set of runs that differ in the seed alone: means, and the range of several."""
     rows = {}
     for folder in args.folders:
         try:
             run = json.loads((Path(folder) / "result.json").read_text()) | {"folder": folder}
-            same = {"script": run["script"], **run["args"], "seed": None, "pretrained": None}
-            rows.setdefault(json.dumps(same, sort_keys=True), []).append(run)
+            same = {k: v for k, v in run["args"].items() if k not in ("seed", "pretrained")}
+            rows.setdefault(json.dumps(same | {"script": run["script"]}, sort_keys=True), []).append(run)
         except (OSError, ValueError, KeyError, TypeError) as fault:
             raise Fault(f"{folder} holds no readable result.json ({fault})") from None
-    settings = [json.loads(row) for row in rows]
-    told = [k for k in settings[0] if k in ("dataset", "arch", "width", "ratio")
-            or len({str(s.get(k)) for s in settings}) > 1]
+    sets = [json.loads(row) for row in rows]
+    told = [k for k in sets[0] if k in ("dataset", "arch", "width", "ratio")
+            or len({str(s.get(k)) for s in sets}) > 1]
 
     def mean(runs, *path, digits=1):
         values = [functools.reduce(lambda value, key: value[key], path, run) for run in runs]
@@ -1099,7 +1042,7 @@ def compare_command(args):
     heads = ("run", "dense clean, robust %", "clean %", "robust %", "95 % interval", "bytes", "bytes x",
              "params x", "MACs x", "batch 1 ms", "dense ms", "flags", "folder")
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
-    for same, runs in zip(settings, rows.values()):
+    for same, runs in zip(sets, rows.values()):
         cells = [" ".join([same["script"], *(f"{k}={same.get(k)}" for k in told if k != "script")]),
                  f"{mean(runs, 'dense', 'clean_acc')}, {mean(runs, 'dense', 'robust_acc')}",
                  mean(runs, "clean_acc"), mean(runs, "robust_acc"),
