@@ -101,6 +101,8 @@ def resolve(parser, argv, compress):
         if getattr(args, name, 0) is None:
             setattr(args, name, value)
     args.device = check_device(args.device)
+    if args.compile and not any(map(shutil.which, ("cc", "gcc", "c++", "g++", "clang++"))):
+        parser.error("argument --compile: torch.compile needs a C++ compiler, and none is on the PATH")
     args.amp = args.amp == "on" or args.amp == "auto" and bfloat16_is_fast(args.device)
     name = f"{parser.prog.removesuffix('.py')}-{args.dataset}-{args.arch}w{args.width}"
     args.output = args.output or f"runs/{name}-r{args.ratio:g}-s{args.seed}"
@@ -121,7 +123,7 @@ def check_device(name):
 def bfloat16_is_fast(device):
     """Whether the hardware multiplies bfloat16: training is then 2 to 3 times as fast as in float32."""
     if device != "cpu":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     features = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")        # absent in some builds of torch
     return any(getattr(torch.cpu, feature, bool)() for feature in features)
 
@@ -171,7 +173,7 @@ class Data:
         self.train, self.test, self.classes, self.crop, self.flip = train, test, classes, crop, flip
 
     def steps(self, batch_size):
-        """Batches in an epoch. All are full: what a shuffled epoch has left over, that epoch leaves out."""
+        """Batches in an epoch, all full (or one of all images): what is left over, that epoch leaves out."""
         return max(1, len(self.train[1]) // batch_size)
 
     def batches(self, batch_size, generator):
@@ -218,6 +220,7 @@ def load_data(args):
         train, test, classes = read_digits()
     elif (root / name / "train").is_dir() and not (root / TORCHVISION.get(name, (0, "-"))[1]).exists():
         train, test, classes = read_folders(root / name, args.workers)
+        test = tuple(a[balanced(test[1], None)] for a in test)    # sorted by class till now
     else:
         train, test, classes = read_torchvision(name, root)
     default = min(1000, len(test[1])) if args.device == "cpu" else 0
@@ -281,7 +284,8 @@ def read_folders(root, workers):
             listed += [(path, label) for path, _ in images]
             stamp.update("".join(f"{path} {s.st_size} {s.st_mtime_ns}\n" for path, s in images).encode())
     cache = root.with_name(f"{root.name}-cache.npz")
-    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(cache) as stored:
+    unreadable = OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile
+    with contextlib.suppress(*unreadable), np.load(cache) as stored:
         if str(stored["stamp"]) == stamp.hexdigest():
             return *((stored[f"{split}_x"], stored[f"{split}_y"]) for split in files), classes
 
@@ -290,7 +294,7 @@ def read_folders(root, workers):
             with Image.open(path) as image:
                 image.load()
                 return image
-        except OSError as fault:
+        except (OSError, SyntaxError, ValueError) as fault:      # SyntaxError: Pillow's word for a broken PNG
             raise Fault(f"{path} cannot be read as an image ({fault})") from None
 
     def decode(path):
@@ -435,8 +439,6 @@ def network_of(args, data):
 
 def prepare(model, args):
     """The network on its device, in the fast memory layout, compiled where --compile says so."""
-    if args.compile and args.device == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        raise UsageFault("argument --compile: torch.compile needs a C++ compiler, and none is on the PATH")
     model.to(args.device, memory_format=torch.channels_last)
     torch.backends.cudnn.benchmark = True
     if args.compile:
@@ -700,7 +702,7 @@ def latency(models, network, batch_size, device):
             before = time.perf_counter()
             model(x)
             if device != "cpu":
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(device)
             measured.append(1000 * (time.perf_counter() - before))
     return [round(statistics.median(t[1:]), 3) for t in times]   # the first one warms up
 
@@ -818,14 +820,21 @@ class Run:
 
     def __init__(self, args, data, script, argv):
         self.args, self.data, self.script, self.folder = args, data, Path(script).stem, Path(args.output)
+        if not self.script.isidentifier() or not Path(__file__).with_name(f"{self.script}.py").is_file():
+            raise UsageFault(f"{script} must lie beside common.py, with only letters, digits and _ in its "
+                             "name: model.pt is read back through it")
         self.command = shlex.join(["python", f"{self.script}.py", *(a for a in argv if a != "--resume")])
         elsewhere = ("output", "resume", "data_dir", "workers", "device")     # may differ when continued
         self.flags = {k: v for k, v in vars(args).items() if k not in elsewhere}
         self.result, self.saved, self.memo, self.seconds, self.phase = None, None, {}, {}, None
         finished, last = self.folder / "result.json", self.folder / "last.pt"
         if finished.is_file():
-            self.result = json.loads(finished.read_text())
-            self.check(self.result["args"], self.result["script"], "finished; --resume prints its result")
+            try:
+                self.result = json.loads(finished.read_text())
+                flags, script = self.result["args"], self.result["script"]
+            except (ValueError, KeyError, TypeError):
+                raise Fault(f"{finished} is damaged; without it --resume judges the network again") from None
+            self.check(flags, script, "finished; --resume prints its result")
             print(json.dumps(self.result, indent=1))
             return
         if last.is_file():
@@ -1001,6 +1010,11 @@ def evaluate_command(args):
     here = dict(channels=data.test[0].shape[1], classes=len(data.classes), size=list(data.test[0].shape[2:]))
     if here != {k: network[k] for k in here}:
         raise UsageFault(f"argument --dataset: {args.dataset} has {here}, the network was made for {network}")
+    if args.source:
+        other, source = read_model(args.source)
+        if here != {k: other["network"][k] for k in here}:
+            raise UsageFault(f"argument --source: {args.source} is for {other['network']}, not {here}")
+        source.to(args.device, memory_format=torch.channels_last)
     model.to(args.device, memory_format=torch.channels_last)
     attack = dict(epsilon=args.epsilon, step_size=args.step_size, num_steps=args.eval_steps, seed=args.seed)
     result = dict(model=args.model, script=artifact["script"], dataset=args.dataset,
@@ -1008,7 +1022,6 @@ def evaluate_command(args):
                   **evaluate(model, data.test, restarts=args.restarts, loss=args.loss, **attack),
                   flags=sanity_flags(model, data.test, **attack))
     if args.source:
-        source = load_model(args.source).to(args.device, memory_format=torch.channels_last)
         result["transfer_acc"] = transfer(model, source, data.test, **attack)
         if result["robust_acc"] - result["transfer_acc"] > max(2, 300 / result["images"]):
             result["flags"].append("transfer is stronger than PGD")
@@ -1029,10 +1042,18 @@ def compare_command(args):
             same = {k: v for k, v in run["args"].items() if k not in ("seed", "pretrained")}
             rows.setdefault(json.dumps(same | {"script": run["script"]}, sort_keys=True), []).append(run)
         except (OSError, ValueError, KeyError, TypeError) as fault:
-            raise Fault(f"{folder} holds no readable result.json ({fault})") from None
+            print(f"left out: {folder} holds no readable result.json ({fault})", file=sys.stderr)
+    if not rows:
+        raise Fault("none of these folders holds a finished run")
+    for runs in rows.values():
+        if len({run["args"]["seed"] for run in runs}) < len(runs):
+            raise Fault(f"one run twice, or two of one seed: {' '.join(run['folder'] for run in runs)}")
     sets = [json.loads(row) for row in rows]
     told = [k for k in sets[0] if k in ("dataset", "arch", "width", "ratio")
             or len({str(s.get(k)) for s in sets}) > 1]
+
+    def show(value):
+        return f"{value:g}" if isinstance(value, float) else value
 
     def mean(runs, *path, digits=1):
         values = [functools.reduce(lambda value, key: value[key], path, run) for run in runs]
@@ -1043,7 +1064,7 @@ def compare_command(args):
              "params x", "MACs x", "batch 1 ms", "dense ms", "flags", "folder")
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for same, runs in zip(sets, rows.values()):
-        cells = [" ".join([same["script"], *(f"{k}={same.get(k)}" for k in told if k != "script")]),
+        cells = [" ".join([same["script"], *(f"{k}={show(same.get(k))}" for k in told if k != "script")]),
                  f"{mean(runs, 'dense', 'clean_acc')}, {mean(runs, 'dense', 'robust_acc')}",
                  mean(runs, "clean_acc"), mean(runs, "robust_acc"),
                  "{} to {}".format(*runs[0]["robust_ci"]) if len(runs) == 1 else f"{len(runs)} seeds",
@@ -1054,8 +1075,8 @@ def compare_command(args):
                  " ".join(run["folder"] for run in runs)]
         print("| " + " | ".join(cells) + " |")
     if args.plot:
-        if not importlib.util.find_spec("matplotlib"):
-            raise UsageFault("argument --plot: the package matplotlib is not installed")
+        if not importlib.util.find_spec("matplotlib") or not args.plot.endswith((".png", ".pdf", ".svg")):
+            raise UsageFault(f"argument --plot: {args.plot} is no .png, .pdf or .svg, or no matplotlib")
         from matplotlib.figure import Figure
         axes = Figure().subplots()
         runs = [run for row in rows.values() for run in row]

@@ -9,7 +9,7 @@ towards tensors of that form while they train on adversarial images, so that the
   [A]  min_W  E max_{|d| <= epsilon} loss(f_W(x + d), y)    s.t. W_l of Tucker-2 form, sizes within a budget
   [B]  W = G x_1 A x_2 B,  G (ro, ri, k, k), A (S, ro), B (C, ri);     parameters  C ri + k k ro ri + S ro
   [C]  E(ro, ri) = ||W||^2 - sum of squares of the leading ro x ri block of the full HOSVD core
-  [D]  ranks of all layers together: least sum_l E_l / ||W_l||^2  with all parameters <= total / ratio
+  [D]  ranks of all layers: small sum_l E_l / ||W_l||^2, all parameters <= total / ratio (greedy, not exact)
   [E]  W <- SGD on  loss(f_W(x_adv), y) + rho/2 sum_l ||W_l - Z_l + U_l||^2
   [F]  Z <- project(W + U)                                    truncated HOSVD, --hooi N sweeps on top
   [G]  U <- U + W - Z                                         scaled dual
@@ -26,7 +26,6 @@ rho and every epoch count are our reconstruction. The first convolution and the 
 The numbers these gave are in README.md. Of the paper's own, only differences are known (abstract): up to
 20.07 points of clean and 11.91 of robust accuracy over robust structured pruning, ResNet-18 on CIFAR-10.
 """
-import bisect
 import math
 import sys
 from pathlib import Path
@@ -70,7 +69,7 @@ def get_args(argv=None):
     attack.add_argument("--eval-steps", type=whole(1, 10000), default=50, help="PGD steps in evaluation")
     attack.add_argument("--restarts", type=whole(1, 1000), default=5, help="random starts in evaluation")
     paper = parser.add_argument_group("CSTAR")
-    paper.add_argument("--ratio", type=number(1, 10000), default=16, help="all parameters, dense / compact")
+    paper.add_argument("--ratio", type=number(1, 10000), default=16.0, help="all parameters, dense / compact")
     paper.add_argument("--rank-rule", choices=("hull", "uniform"), default="hull", help="[D] or one fraction")
     paper.add_argument("--admm-epochs", type=whole(0, 10000), help="0 is the one-shot baseline")
     paper.add_argument("--admm-lr", type=number(1e-8, 10), help="peak learning rate (default: half of --lr)")
@@ -155,21 +154,22 @@ def error_table(w):
 
 
 def chain(w):
-    """Nested states (cost, relative error, rank) of a layer, rank 1 to dense; each adds one to one rank."""
+    """Nested states (cost, relative error, rank) of a layer, from rank 1 to dense. Built from full rank down:
+    the rank that goes down by one is the one that loses less energy for a parameter saved."""
     table = (error_table(w) / w.double().square().sum().clamp_min(1e-300)).tolist()
     pair, states = (len(table), len(table[0])), []
     while min(pair) > 0:
-        here = cost(w.shape, pair), table[pair[0] - 1][pair[1] - 1]
-        states.append((*here, pair[:1] if is_matrix(w) else pair))
-        def loss(lower):                                             # of energy, for a parameter saved
-            return (table[lower[0] - 1][lower[1] - 1] - here[1]) / (here[0] - cost(w.shape, lower))
-        lower = [p for p in ((pair[0] - 1, pair[1]), (pair[0], pair[1] - 1)) if min(p) > 0]
-        pair = min(lower, key=loss, default=(0, 0))
+        size, error = cost(w.shape, pair), table[pair[0] - 1][pair[1] - 1]
+        states.append((size, error, pair[:1] if is_matrix(w) else pair))
+        def loss_per_parameter(below):
+            return (table[below[0] - 1][below[1] - 1] - error) / (size - cost(w.shape, below))
+        smaller = [p for p in ((pair[0] - 1, pair[1]), (pair[0], pair[1] - 1)) if min(p) > 0]
+        pair = min(smaller, key=loss_per_parameter, default=(0, 0))
     return [s for s in reversed(states) if s[0] < w.numel()] + [(w.numel(), 0.0, None)]
 
 
 def hull_segments(states):
-    """Lower convex hull of a chain over cost and error, as (slope, states of the segment); slopes rise."""
+    """Lower convex hull of a chain: (change of relative error per parameter, states of the segment)."""
     hull = []
     for i, (c, e, _) in enumerate(states):
         while len(hull) > 1:
@@ -204,14 +204,16 @@ def choose_ranks(weights, budget, rule="hull"):
             ranks = {}
             for name, w in weights.items():
                 full = [min(w.shape[:2])] if is_matrix(w) else w.shape[:2]
-                ranks[name] = tuple(max(1, int(fraction * n)) for n in full)
-                if cost(w.shape, ranks[name]) >= w.numel():
-                    ranks[name] = None
+                rank = tuple(max(1, int(fraction * n)) for n in full)
+                ranks[name] = rank if cost(w.shape, rank) < w.numel() else None
             return ranks
         def fits(fraction):
             return sum(cost(weights[name].shape, rank) for name, rank in at(fraction).items()) <= budget
-        grid = 1 << 20                                               # fractions to a millionth, by bisection
-        return at(bisect.bisect(range(grid + 1), False, key=lambda i: not fits(i / grid)) / grid - 1 / grid)
+        low, high = 0.0, 1.0                                         # ranks 1 fit: parameter_budget saw to it
+        for _ in range(0 if fits(high) else 20):
+            middle = (low + high) / 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return at(high if fits(high) else low)
 
     chains = {name: chain(w) for name, w in weights.items()}
     state = {name: states[0] for name, states in chains.items()}
@@ -229,7 +231,7 @@ def choose_ranks(weights, budget, rule="hull"):
 # ---------------------------------------------------------------- the method: ADMM and factors
 
 class ADMM:
-    """Z and U of every factorised layer, the penalty of [E], the updates [F] and [G]."""
+    """The penalty of [E] and the updates [F] and [G]; z and u are {name: tensor like that layer's weight}."""
     def __init__(self, layers, ranks, rho, hooi=0):
         self.weights = {name: layers[name].weight for name, rank in ranks.items() if rank}
         self.ranks, self.rho, self.hooi, self.residuals = ranks, rho, hooi, []
@@ -248,7 +250,7 @@ class ADMM:
             self.z[name] = project(w + self.u[name], self.ranks[name], self.hooi)    # [F]
             self.u[name] = self.u[name] + w - self.z[name]                           # [G]
             gap, size = gap + (w - self.z[name]).square().sum(), size + w.square().sum()
-        self.residuals.append((gap / size).sqrt().item())
+        self.residuals.append(math.sqrt(float(gap) / max(float(size), 1e-300)))
         return self.residuals[-1]
 
     def state_dict(self):
@@ -309,7 +311,8 @@ def build(artifact):
 
 @torch.no_grad()
 def reestimate_batchnorm(model, batches, most=200):
-    """Running statistics as plain averages over at most `most` batches: the cut moved every activation."""
+    """Running statistics as plain averages over at most `most` batches of clean images, for the cut moved
+    every activation; fine-tuning moves them on to adversarial images, which they see only then."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     before = [m.momentum for m in norms]
     for m in norms:
@@ -325,7 +328,8 @@ def reestimate_batchnorm(model, batches, most=200):
 # ---------------------------------------------------------------- training
 
 def train_epoch(model, batches, optimizer, schedule, args, penalty=None):
-    """One epoch of adversarial training [A]; with a penalty, of ADMM's W-step [E]. Returns what is logged."""
+    """One epoch of adversarial training [A]; with a penalty, of ADMM's W-step [E]. Returns what is logged:
+    mean cross-entropy without the penalty, per cent right on the adversarial images of training."""
     total = right = n = 0
     for x, y in batches:
         with autocast(args):
@@ -373,7 +377,7 @@ def main(argv=None):
     ranks = run.once("ranks", save_dense_and_choose_ranks)           # [D]
 
     # Phase 2: ADMM pulls the dense weights towards those ranks. W follows Z - U with time constant
-    # (1 - momentum) / (lr rho) steps; three of them fit an epoch, the interval of updates.
+    # (1 - momentum) / (lr rho) steps; at the peak rate three of them fit an epoch, the interval of updates.
     rho = args.rho or 3 * (1 - args.momentum) / (args.admm_lr * data.steps(args.batch_size))
     admm = ADMM(layers, ranks, rho, args.hooi)
     optimizer, schedule = sgd(model, args.admm_lr, args.admm_epochs, data, args)
@@ -393,7 +397,7 @@ def main(argv=None):
                             model=model, optimizer=optimizer, schedule=schedule):
         run.log(epoch=epoch + 1, **train_epoch(model, run.batches(), optimizer, schedule, args))
     save_model(run.folder / "model.pt", run.script, network, model, args, ranks=ranks)
-    return run.finish(ranks=ranks)
+    return run.finish(ranks=ranks, rho=rho)
 
 
 if __name__ == "__main__":

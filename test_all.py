@@ -668,12 +668,17 @@ def test_resume_of_a_finished_run_prints_its_result_and_other_runs_are_refused(f
 
 def test_resume_may_change_the_evaluation_and_says_so(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "run")
-    (tmp_path / "run/result.json").unlink()                              # as if it had been stopped just before
+    (tmp_path / "run/result.json").unlink()                       # as if it had been stopped just before
     result = tiny(tmp_path / "run", "--restarts", "3", "--resume")
     lines = [json.loads(line) for line in open(tmp_path / "run/log.jsonl")]
     assert result["attack"]["restarts"] == result["args"]["restarts"] == 3 and lines[-2]["restarts"] == 3
     assert result["clean_acc"] == finished[1]["clean_acc"]
     assert same_weights(finished[0] / "model.pt", tmp_path / "run/model.pt")
+
+
+def test_cstar_ratio_one_leaves_all_layers_dense(tmp_path):
+    result = tiny(tmp_path / "run", "--ratio", "1")
+    assert set(result["ranks"].values()) == {None} and result["params_ratio"] == 1
 
 
 def test_pretrained_network_skips_the_first_phase(finished, tmp_path):
@@ -707,7 +712,8 @@ def test_a_forked_script_in_another_folder_makes_files_of_its_own(tmp_path):
     run = spawn("mine.py", *TINY, "--finetune-epochs", "0", "--output", "there", cwd=tmp_path)
     assert run.wait(60) == 0, run.stderr.read()
     (tmp_path / "elsewhere").mkdir()
-    judge = spawn("../common.py", "evaluate", "../there/model.pt", "--eval-images", 40, cwd=tmp_path / "elsewhere")
+    command = ["../common.py", "evaluate", "../there/model.pt", "--eval-images", 40]
+    judge = spawn(*command, cwd=tmp_path / "elsewhere")
     again = json.loads(judge.communicate(timeout=60)[0])
     result = json.loads((tmp_path / "there/result.json").read_text())
     assert again["script"] == result["script"] == "mine" and again["clean_acc"] == result["clean_acc"]
@@ -808,6 +814,23 @@ def test_files_of_other_content_are_refused(finished, tmp_path):
     with pytest.raises(common.Fault, match="damaged or not"):
         common.load_model(tmp_path / "changed.pt")
     assert not (tmp_path / "hacked").exists() and not Path("hacked").exists()
+
+
+def test_files_that_cannot_be_read_back_are_refused_at_once(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run/result.json").write_text('{"args"')
+    status, errors = run_cli(cstar.main, [*TINY, "--output", str(tmp_path / "run")], monkeypatch)
+    assert status == 1 and errors.count("\n") == 1 and "result.json is damaged" in errors
+    args, data = cstar.get_args([*TINY, "--output", str(tmp_path / "new")]), None
+    for script in ("my-cstar.py", "/elsewhere/nothing_here.py"):
+        with pytest.raises(common.UsageFault, match="beside common.py"):
+            common.Run(args, data, script, [])
+    network = dict(arch="lenet", width=1, channels=1, classes=7, size=[8, 8])
+    common.save_model(tmp_path / "seven.pt", "common", network, common.build_network(**network), args)
+    argv = ["evaluate", str(finished[0] / "model.pt"), "--source", str(tmp_path / "seven.pt")]
+    status, errors = run_cli(common.main, argv, monkeypatch)
+    assert status == 2 and errors.count("\n") == 1 and "--source" in errors
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("spoil, words", [
