@@ -707,6 +707,13 @@ def latency(models, network, batch_size, device):
     return [round(statistics.median(t[1:]), 3) for t in times]   # the first one warms up
 
 
+def peak_memory():
+    """Bytes of main memory that this process held at most; None where the system does not tell."""
+    with contextlib.suppress(ImportError):
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 # ---------------------------------------------------------------- files
 
 def save_file(path, content):
@@ -960,6 +967,7 @@ class Run:
             macs_ratio=round(macs[0] / macs[1], 3), macs=macs[1], dense_macs=macs[0],
             latency_ms={f"batch_{b}": dict(zip(("dense", "compact"), latency(models, network, b, device)))
                         for b in (1, 128)},
+            memory_bytes=peak_memory(),
             gpu_memory_bytes=None if device == "cpu" else torch.cuda.max_memory_allocated(device), **more)
         shown = "clean_acc robust_acc images params_ratio bytes_ratio bytes dense_bytes macs_ratio".split()
         self.log(**{k: self.result[k] for k in shown}, dense_clean_acc=judged[0]["clean_acc"],
