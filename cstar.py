@@ -81,7 +81,7 @@ def get_args(argv=None):
     return args
 
 
-# ---------------------------------------------------------------- the method: projection
+# ---------------------------------------------------------------- the method
 
 def unfold(w, mode):
     """The mode-0 (S, C k k) or mode-1 (C, S k k) unfolding of a weight (S, C, k, k)."""
@@ -125,8 +125,6 @@ def project(w, rank, hooi=0):
     g, a, b = tucker2(w, rank, hooi)
     return torch.einsum("oixy,so,ci->scxy", g, a, b).to(w.dtype)
 
-
-# ---------------------------------------------------------------- the method: ranks
 
 def factorisable(model):
     """{name: layer} to be factorised: all convolutions and linear layers but the first and the classifier."""
@@ -227,8 +225,6 @@ def choose_ranks(weights, budget, rule="hull"):
             state[name] = step
     return {n: s[2] for n, s in state.items()}
 
-
-# ---------------------------------------------------------------- the method: ADMM and factors
 
 class ADMM:
     """The penalty of [E] and the updates [F] and [G]; z and u are {name: tensor like that layer's weight}."""
