@@ -467,7 +467,7 @@ LOSSES = {"ce": lambda logits, y: F.cross_entropy(logits, y, reduction="none"), 
 
 @contextlib.contextmanager
 def frozen(model):
-    """Within it weights take no gradient (torch.compile computes it); running statistics are put back."""
+    """Within it weights take no gradient (a compiled one would compute it); running statistics are put back."""
     weights = [p for p in model.parameters() if p.requires_grad]
     buffers = [(b, b.clone()) for b in model.buffers()] if any(m.training for m in model.modules()) else []
     for p in weights:
@@ -1043,11 +1043,14 @@ def evaluate_command(args):
 
 def compare_command(args):
     """Prints a row for each set of runs that differ in the seed alone: means, and the range of several."""
+    def show(value):                                              # 16 and 16.0 are one ratio
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
     rows = {}
     for folder in args.folders:
         try:
             run = json.loads((Path(folder) / "result.json").read_text()) | {"folder": folder}
-            same = {k: v for k, v in run["args"].items() if k not in ("seed", "pretrained")}
+            same = {k: show(v) for k, v in run["args"].items() if k not in ("seed", "pretrained")}
             rows.setdefault(json.dumps(same | {"script": run["script"]}, sort_keys=True), []).append(run)
         except (OSError, ValueError, KeyError, TypeError) as fault:
             print(f"left out: {folder} holds no readable result.json ({fault})", file=sys.stderr)
@@ -1060,9 +1063,6 @@ def compare_command(args):
     told = [k for k in sets[0] if k in ("dataset", "arch", "width", "ratio")
             or len({str(s.get(k)) for s in sets}) > 1]
 
-    def show(value):
-        return f"{value:g}" if isinstance(value, float) else value
-
     def mean(runs, *path, digits=1):
         values = [functools.reduce(lambda value, key: value[key], path, run) for run in runs]
         middle, low, high = (f"{f(values):,.{digits}f}" for f in (statistics.mean, min, max))
@@ -1072,7 +1072,7 @@ def compare_command(args):
              "params x", "MACs x", "batch 1 ms", "dense ms", "flags", "folder")
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for same, runs in zip(sets, rows.values()):
-        cells = [" ".join([same["script"], *(f"{k}={show(same.get(k))}" for k in told if k != "script")]),
+        cells = [" ".join([same["script"], *(f"{k}={same.get(k)}" for k in told if k != "script")]),
                  f"{mean(runs, 'dense', 'clean_acc')}, {mean(runs, 'dense', 'robust_acc')}",
                  mean(runs, "clean_acc"), mean(runs, "robust_acc"),
                  "{} to {}".format(*runs[0]["robust_ci"]) if len(runs) == 1 else f"{len(runs)} seeds",
