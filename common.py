@@ -467,7 +467,7 @@ LOSSES = {"ce": lambda logits, y: F.cross_entropy(logits, y, reduction="none"), 
 
 @contextlib.contextmanager
 def frozen(model):
-    """Within it weights take no gradient (a compiled one would compute it); running statistics are put back."""
+    """Within it weights take no gradient, which torch.compile would compute; statistics are put back."""
     weights = [p for p in model.parameters() if p.requires_grad]
     buffers = [(b, b.clone()) for b in model.buffers()] if any(m.training for m in model.modules()) else []
     for p in weights:
