@@ -32,12 +32,14 @@ import torch.nn.functional as F
 # The defaults of every data set; the keys are flags. The epochs are ours: digits fits two minutes of two CPU
 # cores, the other sets are meant for a GPU. compress_epochs are those of the paper's own phase.
 CIFAR = dict(arch="resnet18", width=16, pretrain_epochs=30, compress_epochs=15, finetune_epochs=15,
-             batch_size=256, lr=0.2, epsilon=8 / 255, step_size=2 / 255, num_steps=10, crop=4, flip=True)
+             batch_size=256, lr=0.2, epsilon=8 / 255, step_size=2 / 255, num_steps=10, ramp_epochs=0,
+             crop=4, flip=True)
 GREY = CIFAR | dict(width=4, crop=0, flip=False)
 RECIPES = {
     "digits": GREY | dict(pretrain_epochs=15, compress_epochs=6, finetune_epochs=10, batch_size=64, lr=0.1,
                           epsilon=0.2, step_size=0.05),
-    "mnist": GREY | dict(arch="lenet", batch_size=128, lr=0.05, epsilon=0.3, step_size=0.01, num_steps=40),
+    "mnist": GREY | dict(arch="lenet", batch_size=128, lr=0.05, epsilon=0.3, step_size=0.01, num_steps=40,
+                         ramp_epochs=10),
     "cifar10": CIFAR, "cifar100": CIFAR, "svhn": CIFAR | dict(lr=0.1, flip=False)}
 
 
@@ -104,8 +106,6 @@ def resolve(parser, argv, compress):
     if args.compile and not any(map(shutil.which, ("cc", "gcc", "c++", "g++", "clang++"))):
         parser.error("argument --compile: torch.compile needs a C++ compiler, and none is on the PATH")
     args.amp = args.amp == "on" or args.amp == "auto" and bfloat16_is_fast(args.device)
-    name = f"{parser.prog.removesuffix('.py')}-{args.dataset}-{args.arch}w{args.width}"
-    args.output = args.output or f"runs/{name}-r{args.ratio:g}-s{args.seed}"
     torch.manual_seed(args.seed)
     return args
 
@@ -437,6 +437,75 @@ def network_of(args, data):
     return dict(arch=args.arch, width=args.width, channels=channels, classes=len(data.classes), size=size)
 
 
+def channel_groups(model):
+    """Which channels stand or fall together: [(writers, norms, readers)], names of layers. The channels of a
+    group are the sum of its writers' outputs, {layer: batch norm on it alone, or None}; norms are the batch
+    norms on the sum, readers the layers that take it in, a linear one perhaps as many features a channel."""
+    def group(writer, norm=None):
+        groups.append(({writer: norm}, [], []))
+        return groups[-1]
+
+    groups = []
+    if not isinstance(model, (ResNet18, WRN28_4)):               # a chain
+        for name, m in model.named_modules():
+            if isinstance(m, (nn.Conv2d, nn.Linear)):
+                if groups:
+                    groups[-1][2].append(name)
+                group(name)
+            elif isinstance(m, nn.BatchNorm2d):
+                groups[-1][0].update(dict.fromkeys(groups[-1][0], name))
+        return groups[:-1]
+
+    resnet = isinstance(model, ResNet18)
+    stream = group("conv1", "bn1" if resnet else None)
+    for name, block in model.named_modules():
+        if isinstance(block, (BasicBlock, WideBlock)):
+            stream[2].append(f"{name}.conv1")
+            group(f"{name}.conv1", f"{name}.bn1" if resnet else f"{name}.bn2")[2].append(f"{name}.conv2")
+            if not resnet:
+                stream[1].append(f"{name}.bn1")
+            if block.conv1.in_channels != block.conv1.out_channels:
+                shortcut = f"{name}.shortcut.0" if resnet else f"{name}.shortcut"
+                stream[2].append(shortcut)
+                stream = group(shortcut, f"{name}.shortcut.1" if resnet else None)
+            stream[0][f"{name}.conv2"] = f"{name}.bn2" if resnet else None
+    stream[2].append("linear" if resnet else "fc")
+    if not resnet:
+        stream[1].append("bn1")
+    return groups
+
+
+def without_channels(state, groups, alive):
+    """A state dict of which only the channels `alive`, a boolean (channels,) for each group, are left."""
+    rows, columns, left = {}, {}, {}
+    for (writers, norms, readers), kept in zip(groups, alive):
+        rows |= dict.fromkeys([*writers, *writers.values(), *norms], kept)
+        columns |= dict.fromkeys(readers, kept)
+    for key, t in state.items():
+        name = key.rpartition(".")[0]
+        if t.dim() and name in rows:
+            t = t[rows[name]]
+        if t.dim() > 1 and name in columns:
+            t = t[:, columns[name].repeat_interleave(t.shape[1] // len(columns[name]))]
+        left[key] = t
+    return left
+
+
+def resized(model, state):
+    """The model with that state, its layers made smaller or larger in place where the state's weights are."""
+    for name, m in list(model.named_modules()):
+        s, *c = getattr(state.get(f"{name}.weight"), "shape", (0,))
+        if not s or m.weight.shape == (s, *c):
+            continue
+        if isinstance(m, nn.Conv2d):
+            new = nn.Conv2d(c[0], s, m.kernel_size, m.stride, m.padding, m.dilation, bias=m.bias is not None)
+        else:
+            new = nn.Linear(c[0], s, m.bias is not None) if c else nn.BatchNorm2d(s)
+        model.set_submodule(name, new.to(m.weight))
+    model.load_state_dict(state)
+    return model
+
+
 def prepare(model, args):
     """The network on its device, in the fast memory layout, compiled where --compile says so."""
     model.to(args.device, memory_format=torch.channels_last)
@@ -747,17 +816,54 @@ def read_file(path, *keys):
         raise Fault(f"{path} is damaged or not a file of these scripts ({type(fault).__name__})") from None
 
 
+def kept_values(t):
+    """(form, boolean like t): the values of a tensor to store, for the form that takes the fewest bits: all;
+    those of the columns (..., c, h, w) that are not zero in every row; or those that are not zero."""
+    matrix = t.flatten(1) if t.dim() > 1 else t[None]
+    forms = {"all": torch.ones_like(matrix, dtype=torch.bool), "nonzero": matrix != 0}
+    forms["columns"] = forms["nonzero"].any(0).expand_as(matrix)
+    maps = {"all": 0, "nonzero": t.numel(), "columns": matrix.shape[1]}
+    form = min(maps, key=lambda form: 32 * int(forms[form].sum()) + maps[form])
+    return form, forms[form].view(t.shape)
+
+
 def save_model(path, script, network, model, args, **more):
     """Writes a network as a file that load_model reads on any machine; script.build(artifact) makes it again.
 
-    All values stand in one tensor: a record of its own for each would be a sixth of a small file."""
+    All values stand in one tensor (a record of its own for each would be a sixth of a small file), and zeros
+    are left out where a bit map of what is kept, packed eight to a byte, costs less."""
     state = {name: t.detach().cpu() for name, t in model.state_dict().items()}
-    values = {name: t for name, t in state.items() if t.is_floating_point()}
+    floats, forms, bits, values = {n: t for n, t in state.items() if t.is_floating_point()}, {}, [], []
+    for name, t in floats.items():
+        forms[name], kept = kept_values(t)
+        values.append(t[kept])
+        if forms[name] != "all":
+            bits.append(kept.flatten(1)[0] if forms[name] == "columns" else kept.flatten())
     judged = {k: getattr(args, k) for k in ("dataset", "epsilon", "step_size", "eval_steps", "restarts")}
-    save_file(path, dict(format=1, script=script, network=network, judged=judged, **more,
-                         values=torch.cat([t.flatten() for t in values.values()]),
-                         shapes={name: list(t.shape) for name, t in values.items()},
-                         counters={name: t.item() for name, t in state.items() if name not in values}))
+    save_file(path, dict(
+        format=1, script=script, network=network, judged=judged, **more, values=torch.cat(values),
+        bits=torch.from_numpy(np.packbits(torch.cat(bits).numpy()) if bits else np.empty(0, np.uint8)),
+        forms={name: form for name, form in forms.items() if form != "all"},
+        shapes={name: list(t.shape) for name, t in floats.items()},
+        counters={name: t.item() for name, t in state.items() if name not in floats}))
+
+
+def unpacked(artifact):
+    """The state dict that save_model packed; ValueError or RuntimeError where the parts do not fit."""
+    values, forms, state = artifact["values"], artifact.get("forms", {}), {}
+    bits = torch.from_numpy(np.unpackbits(artifact["bits"].numpy())).bool() if forms else None
+    for name, shape in artifact["shapes"].items():
+        form, size = forms.get(name, "all"), math.prod(shape)
+        kept = torch.ones(size, dtype=torch.bool)
+        if form != "all":
+            count = math.prod(shape[1:]) if form == "columns" else size
+            part, bits = bits[:count], bits[count:]
+            kept = part.repeat(size // count)
+        taken, values = values.split([int(kept.sum()), len(values) - int(kept.sum())])
+        state[name] = torch.zeros(size, dtype=values.dtype).masked_scatter_(kept, taken).view(shape)
+    if len(values):
+        raise ValueError(f"{len(values)} values too many")
+    return state | {name: torch.tensor(count) for name, count in artifact["counters"].items()}
 
 
 def read_model(path):
@@ -771,12 +877,9 @@ def read_model(path):
         raise Fault(f"{path} holds weights that are not finite")
     sys.path.insert(0, str(folder))                       # common.py may be imported from elsewhere
     try:
-        shapes = artifact["shapes"]
-        parts = artifact["values"].split([math.prod(shape) for shape in shapes.values()])
-        artifact["state"] = {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
-        artifact["state"] |= {name: torch.tensor(count) for name, count in artifact["counters"].items()}
+        artifact["state"] = unpacked(artifact)
         return artifact, importlib.import_module(script).build(artifact).eval()
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as fault:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as fault:
         raise Fault(f"{path} does not fit the network it names ({first_line(fault)})") from None
     finally:
         sys.path.remove(str(folder))
@@ -826,7 +929,10 @@ class Run:
     active = False
 
     def __init__(self, args, data, script, argv):
-        self.args, self.data, self.script, self.folder = args, data, Path(script).stem, Path(args.output)
+        self.args, self.data, self.script = args, data, Path(script).stem
+        args.output = args.output or (f"runs/{self.script}-{args.dataset}-{args.arch}w{args.width}"
+                                      f"-r{args.ratio:g}-s{args.seed}")
+        self.folder = Path(args.output)
         if not self.script.isidentifier() or not Path(__file__).with_name(f"{self.script}.py").is_file():
             raise UsageFault(f"{script} must lie beside common.py, with only letters, digits and _ in its "
                              "name: model.pt is read back through it")

@@ -6,6 +6,7 @@ those are not installed. Break the code once and watch the test of that line fai
 import ast
 import contextlib
 import copy
+import functools
 import importlib
 import io
 import itertools
@@ -20,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +30,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import admm_prune
 import common
 import cstar
 
 HERE = Path(__file__).parent
-SCRIPTS = ["cstar"]
+SCRIPTS = [cstar, admm_prune]
+every_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 SHIPPED = HERE / "results" / "cstar-digits-hull-s0"
 TINY = ("--dataset digits --arch resnet18 --width 1 --train-images 128 --eval-images 40 --batch-size 32 "
         "--pretrain-epochs 2 --admm-epochs 2 --finetune-epochs 2 --num-steps 2 --eval-steps 3 --restarts 1 "
@@ -92,10 +96,18 @@ def standard():
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """A run of CSTAR that was not interrupted: its folder and its result."""
-    folder = tmp_path_factory.mktemp("run") / "whole"
-    return folder, tiny(folder)
+def whole(tmp_path_factory):
+    """whole(script, *flags): folder and result of a run that was not interrupted, made once."""
+    @functools.cache
+    def run(script, *more):
+        folder = tmp_path_factory.mktemp("run") / "whole"
+        return folder, tiny(folder, *more, script=script)
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(whole):
+    return whole(cstar)
 
 
 # ---------------------------------------------------------------- data
@@ -605,6 +617,299 @@ def test_cstar_batch_norm_is_the_average_over_batches():
     assert model[0].momentum == 0.1
 
 
+# ---------------------------------------------------------------- ADMM pruning
+
+SCHEMES = ["filter", "column", "irregular"]
+
+
+def supports(shape, scheme, count):
+    """All masks of a shape (S, ...) that keep `count` units."""
+    rows, columns = shape[0], math.prod(shape[1:])
+    units = dict(filter=rows, column=columns, irregular=rows * columns)[scheme]
+    for chosen in itertools.combinations(range(units), count):
+        mask = torch.zeros(units, dtype=torch.bool)
+        mask[list(chosen)] = True
+        mask = mask.view(dict(filter=(-1, 1), column=(1, -1), irregular=(rows, columns))[scheme])
+        yield mask.expand(rows, columns).reshape(shape)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("shape", [(3, 2, 2, 1), (4, 3), (2, 5, 1, 1), (1, 4, 2, 1)])
+def test_admm_projection_is_the_nearest_of_all_supports(scheme, shape):
+    w = conv_weight(*shape)
+    units = len(admm_prune.importance(w, scheme))
+    for count in range(1, units + 1):
+        mask = admm_prune.choose_masks({0: w}, scheme, units / count)[0]
+        ours = admm_prune.project(w, mask)
+        best = min((w - w * other).square().sum() for other in supports(shape, scheme, count))
+        assert any(torch.equal(mask, other) for other in supports(shape, scheme, count))
+        assert (w - ours).square().sum() == pytest.approx(best.item(), abs=1e-12)
+        assert torch.equal(ours[mask], w[mask]) and torch.equal(admm_prune.choose_masks(
+            {0: -8 * ours}, scheme, units / count)[0], mask)                 # idempotent, whatever the scale
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("ratio", [1, 1.1, 2, 16 / 5, 10, 16, 10000])
+def test_admm_keeps_exactly_ceil_n_over_ratio_units_also_of_equal_ones(scheme, ratio):
+    tiny_ones, ties = torch.full((9, 9), 1e-30), torch.randn(6, 27).round()
+    for w in (torch.ones(64, 3, 3, 3), torch.zeros(7, 5), tiny_ones, ties):
+        before = w.clone()
+        n = len(admm_prune.importance(w, scheme))
+        mask = admm_prune.choose_masks({0: w}, scheme, ratio)[0]
+        projected = admm_prune.project(w, mask)
+        whole_units = {"filter": mask.flatten(1).any(1), "column": mask.flatten(1).any(0),
+                       "irregular": mask.flatten()}[scheme]
+        assert int(whole_units.sum()) == -(-n // Fraction(ratio).limit_denominator(1000))
+        assert int(mask.sum()) * n == int(whole_units.sum()) * w.numel()
+        assert torch.equal(w, before) and projected.data_ptr() != w.data_ptr()
+        if len(w.unique()) == 1:
+            assert whole_units[:int(whole_units.sum())].all()                # the first among equals
+            assert torch.equal(projected != 0, mask & (w != 0))
+    with pytest.raises(common.Fault, match="not finite"):
+        admm_prune.choose_masks({0: torch.full((3, 3), math.nan)}, scheme, ratio)
+
+
+def shaken(arch, width, channels, size, dtype=torch.float64):
+    """A network whose batch norms and biases are not the neutral ones of an untrained network."""
+    torch.manual_seed(0)
+    model = common.build_network(arch, width, channels, 10, (size, size)).to(dtype)
+    for p in model.parameters():
+        if p.dim() == 1:
+            p.data.uniform_(0.5, 1.5)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_()
+            m.running_var.uniform_(0.5, 2)
+    return model
+
+
+def filter_masks(model, ratio, grouped=False):
+    weights = {name: layer.weight for name, layer in admm_prune.prunable(model).items()}
+    tied = [list(writers) for writers, _, _ in common.channel_groups(model)] if grouped else ()
+    return admm_prune.choose_masks(weights, "filter", ratio, tied)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("arch, channels, size, grouped", [
+    ("lenet", 1, 12, False), ("lenet", 3, 16, False), ("vgg16", 3, 32, False), ("resnet18", 3, 16, False),
+    ("resnet18", 3, 16, True), ("wrn28_4", 2, 8, False), ("wrn28_4", 2, 8, True)])
+def test_admm_smaller_network_equals_the_masked_one(arch, channels, size, grouped, dtype, tolerance):
+    model = shaken(arch, 2, channels, size, dtype)
+    masks = admm_prune.parameter_masks(model, filter_masks(model, 2, grouped), "filter")
+    admm_prune.apply_masks(model, masks)
+    small, left = admm_prune.remove_filters(copy.deepcopy(model), masks)
+    x = torch.rand(6, channels, size, size, dtype=dtype)
+    for training in (False, True):                               # with running and with batch statistics
+        full = copy.deepcopy(model).train(training)(x)
+        assert (small.train(training)(x) - full).abs().max() <= tolerance * full.abs().max()
+    counts = [sum(p.numel() for p in m.parameters()) for m in (small, model)]
+    assert counts[0] < counts[1] / 2
+    parameters = dict(small.named_parameters())
+    assert all((parameters[name][~mask] == 0).all() for name, mask in left.items())
+    assert all(mask.all() for mask in left.values()) == (grouped or arch in ("lenet", "vgg16"))
+
+
+@pytest.mark.parametrize("arch, channels", [("lenet", 1), ("resnet18", 3), ("wrn28_4", 3)])
+def test_admm_constants_of_dead_filters_must_go_with_them(arch, channels):
+    model = shaken(arch, 2, channels, 16).eval()
+    masks = admm_prune.parameter_masks(model, filter_masks(model, 2), "filter")
+    admm_prune.apply_masks(model, {name: mask for name, mask in masks.items() if mask.dim() > 1})
+    small, _ = admm_prune.remove_filters(copy.deepcopy(model), masks)
+    x = torch.rand(4, channels, 16, 16, dtype=torch.float64)
+    assert (small(x) - model(x)).abs().max() > 1e-3 * model(x).abs().max()
+
+
+@pytest.mark.parametrize("arch, channels, size, width, grouped", [
+    ("lenet", 1, 28, 16, False), ("lenet", 3, 32, 8, False), ("vgg16", 3, 32, 8, False),
+    ("resnet18", 3, 32, 8, True), ("wrn28_4", 3, 32, 8, True)])
+def test_admm_removal_gives_the_parameter_counts_of_the_target_width(arch, channels, size, width, grouped):
+    for target in (1, 2, 4):
+        model = common.build_network(arch, width, channels, 10, (size, size))
+        masks = admm_prune.parameter_masks(model, filter_masks(model, width / target, grouped), "filter")
+        small, _ = admm_prune.remove_filters(model, masks)
+        wanted = common.build_network(arch, target, channels, 10, (size, size)).state_dict()
+        assert {k: t.shape for k, t in small.state_dict().items()} == {k: t.shape for k, t in wanted.items()}
+
+
+def test_admm_group_residual_gives_one_mask_by_the_joint_norm():
+    model = shaken("resnet18", 2, 3, 8)
+    masks, groups = filter_masks(model, 4, grouped=True), common.channel_groups(model)
+    assert sorted(name for writers, _, _ in groups for name in writers) == sorted(masks)
+    for writers, _, _ in groups:
+        alive = {name: masks[name].flatten(1).any(1) for name in writers}
+        joint = sum(model.get_submodule(name).weight.flatten(1).square().sum(1) for name in writers)
+        best = joint.topk(len(joint) // 4).indices
+        assert all(set(a.nonzero().flatten().tolist()) == set(best.tolist()) for a in alive.values())
+    assert max(len(writers) for writers, _, _ in groups) == 3
+
+
+def pruning(w, scheme="irregular", ratio=3, **more):
+    layer = one_layer(w)
+    choose = functools.partial(admm_prune.choose_masks, scheme=scheme, ratio=ratio)
+    return layer, admm_prune.ADMM({"l": layer}, choose, **more)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_admm_prune_penalty_gradient_is_that_of_its_formula_after_any_number_of_updates(scheme):
+    layer, admm = pruning(conv_weight(5, 4, 3, 3), scheme, rho=0.7)
+    assert torch.equal(admm.z["l"], layer.weight * admm.masks["l"]) and not admm.u["l"].any()
+    for updates in range(6):
+        gradient, = torch.autograd.grad(admm.penalty(), layer.weight)
+        assert torch.allclose(gradient, 0.7 * (layer.weight - admm.z["l"] + admm.u["l"]))
+        before, w = admm.u["l"], layer.weight.detach().clone()
+        admm.update()
+        nearest = admm_prune.choose_masks({"l": w + before}, scheme, 3)["l"]
+        assert torch.equal(admm.z["l"], (w + before) * nearest)                           # [E]
+        assert torch.allclose(admm.u["l"], before + w - admm.z["l"])                      # [F]
+        assert not admm.u["l"].requires_grad and not admm.z["l"].requires_grad
+        assert torch.equal(layer.weight, w)
+        layer.weight.data += 0.1 * conv_weight(5, 4, 3, 3, seed=updates + 1)
+
+
+def test_admm_rho_grows_to_its_cap_and_the_multiplier_rho_u_is_not_changed_by_that():
+    layer, admm = pruning(conv_weight(5, 4, 3, 3), rho=0.1, growth=3.0, rho_max=0.5)
+    for wanted in (0.3, 0.5, 0.5):
+        rho, u = admm.rho, admm.u["l"]
+        admm.update()
+        assert admm.rho == pytest.approx(wanted)
+        assert torch.allclose(admm.rho * admm.u["l"], rho * (u + layer.weight.detach() - admm.z["l"]))
+    layer, admm = pruning(conv_weight(5, 4, 3, 3), rho=0.7, growth=3.0, rho_max=0.5)
+    admm.update()
+    assert admm.rho == 0.7                                                               # never lowered
+
+
+def test_admm_converges_on_a_quadratic_no_worse_than_the_cut():
+    target, curvature = conv_weight(4, 3, 1, 1), 1 + 3 * conv_weight(4, 3, 1, 1, seed=1).abs()
+    layer, admm = pruning(target, rho=10.0, ratio=3)
+    for _ in range(300):                                         # the exact W-step of sum c (w - t)^2 / 2
+        layer.weight.data = (curvature * target + 10 * (admm.z["l"] - admm.u["l"])) / (curvature + 10)
+        residual, changed = admm.update()
+    assert residual < 1e-6 and changed == 0
+    cost = [(curvature * (target - z).square()).sum().item()
+            for z in (admm.z["l"], admm_prune.project(target, admm_prune.choose_masks(
+                {0: target}, "irregular", 3)[0]))]
+    assert cost[0] <= cost[1] and int((admm.z["l"] != 0).sum()) == 4
+
+
+@pytest.mark.parametrize("optimizer", [
+    lambda p: torch.optim.SGD(p, 0.1, 0.9, weight_decay=0.1, nesterov=True),
+    lambda p: torch.optim.Adam(p, 0.1, weight_decay=0.1), lambda p: torch.optim.AdamW(p, 0.1)])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_admm_zeros_survive_every_optimizer_also_a_used_one(optimizer, scheme):
+    model, x, y = resnet().train(), torch.rand(16, 1, 8, 8), torch.arange(16) % 10
+    used = optimizer(model.parameters())
+    weights = {name: layer.weight for name, layer in admm_prune.prunable(model).items()}
+    masks = admm_prune.parameter_masks(model, admm_prune.choose_masks(weights, scheme, 3), scheme)
+    assert (set(masks) - {f"{n}.weight" for n in weights} != set()) == (scheme == "filter")
+    args = cstar.get_args("--dataset digits --num-steps 1 --device cpu --amp off".split())
+    schedule = torch.optim.lr_scheduler.ConstantLR(used)
+    admm_prune.train_epoch(model, [(x, y)], used, schedule, args)                        # momentum everywhere
+    admm_prune.apply_masks(model, masks)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    admm_prune.train_epoch(model, [(x, y)] * 20, used, schedule, args, masks=masks)
+    for name, p in model.named_parameters():
+        mask = masks.get(name, torch.ones_like(p, dtype=torch.bool))
+        assert (p[~mask] == 0).all() and not torch.equal(p[mask], before[name][mask])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_admm_run_prunes_every_layer_exactly_and_writes_a_smaller_file(whole, scheme):
+    folder, result = whole(admm_prune, "--scheme", scheme)
+    dense, model = (common.load_model(folder / name) for name in ("dense.pt", "model.pt"))
+    for name, layer in admm_prune.prunable(dense).items():
+        w = layer.weight
+        units = dict(filter=len(w), column=w[0].numel(), irregular=w.numel())[scheme]
+        assert result["kept"][f"{name}.weight"] == -(-units // 4) * w.numel() // units
+    assert result["nonzeros"] < 0.4 * result["dense_parameters"]
+    assert os.path.getsize(folder / "model.pt") == result["bytes"] < 0.55 * result["dense_bytes"]
+    if scheme == "filter":
+        assert result["parameters"] < 0.4 * result["dense_parameters"] and result["macs_ratio"] > 2
+    else:                                                        # strictly into the plain network
+        resnet().load_state_dict(model.state_dict())
+        zero = {name: (p == 0).float().mean() for name, p in model.named_parameters() if p.dim() == 4}
+        assert all(0.6 < share < 0.8 for share in zero.values())
+    x = torch.rand(3, 1, 8, 8)
+    assert torch.isfinite(model(x)).all() and not torch.allclose(model(x), dense(x), atol=1e-3)
+
+
+def phases_of(folder):
+    phases = [json.loads(line).get("phase") for line in open(folder / "log.jsonl")]
+    return [phases.count(phase) for phase in ("pretrain", "admm", "finetune")]
+
+
+def test_admm_modes_spend_the_same_epochs_on_networks_of_one_size(tmp_path):
+    more = "--device cpu --arch lenet --width 4 --target-width 2".split()
+    flags = [*TINY[:TINY.index("--ratio")], *more]
+    results = {}
+    for mode, more, phases in (("admm", (), [2, 2, 2]), ("post", (), [2, 0, 4]), ("scratch", (), [6, 0, 0]),
+                               ("ticket", ("--ticket", str(tmp_path / "admm/ticket.pt")), [0, 0, 6])):
+        results[mode] = admm_prune.main([*flags, "--mode", mode, *more, "--output", str(tmp_path / mode)])
+        assert phases_of(tmp_path / mode) == phases
+    assert len({r["parameters"] for r in results.values()}) == 1 == results["scratch"]["params_ratio"]
+    assert results["ticket"]["dense"] == results["admm"]["dense"]
+    assert len({json.dumps(r["kept"]) for m, r in results.items() if m != "scratch"}) == 1
+
+
+def test_admm_ticket_is_the_initial_network_cut_like_the_pruned_one(whole, tmp_path):
+    folder, _ = whole(admm_prune)
+    ticket = common.read_model(folder / "ticket.pt")[0]
+    torch.manual_seed(0)
+    initial = common.build_network("resnet18", 1, 1, 10, (8, 8))
+    assert all(torch.equal(ticket["state"][k], v) for k, v in initial.state_dict().items())
+    admm_prune.apply_masks(initial, ticket["masks"])
+    small, _ = admm_prune.remove_filters(initial, ticket["masks"])
+    no_epochs = "--pretrain-epochs 0 --admm-epochs 0 --finetune-epochs 0 --mode ticket".split()
+    flags = [*TINY, *no_epochs, "--ticket", str(folder / "ticket.pt"), "--output", str(tmp_path / "run")]
+    admm_prune.main(flags)
+    cut = weights_of(tmp_path / "run/model.pt")
+    assert all(torch.equal(cut[k], v) for k, v in small.state_dict().items())
+    masks, name = ticket["masks"], "layer1.0.conv1.weight"
+    alive = {n: mask.flatten(1).any(1) for n, mask in masks.items() if mask.dim() > 1}
+    stream = alive["conv1.weight"] | alive["layer1.0.conv2.weight"] | alive["layer1.1.conv2.weight"]
+    wanted = ticket["state"][name][alive[name]][:, stream]       # filters that are left, and what they read
+    assert torch.equal(cut[name], wanted) and 0 < len(wanted) < len(alive[name])
+    with pytest.raises(common.UsageFault, match="is not a ticket of"):
+        admm_prune.main([*flags, "--ratio", "2"])
+
+
+def test_admm_radius_ramps_up_over_the_first_epochs(tmp_path):
+    tiny(tmp_path / "run", "--ramp-epochs", "2", "--pretrain-epochs", "3", script=admm_prune)
+    lines = [json.loads(line) for line in open(tmp_path / "run/log.jsonl")]
+    assert [line["strength"] for line in lines if line.get("phase") == "pretrain"] == [0.5, 1, 1]
+    seen, args = [], cstar.get_args("--dataset digits --device cpu --amp off --num-steps 3".split())
+    model = resnet()
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    schedule, x = torch.optim.lr_scheduler.ConstantLR(optimizer), torch.full((4, 1, 8, 8), 0.5)
+    admm_prune.train_epoch(model, [(x, torch.arange(4))], optimizer, schedule, args, strength=0.5)
+    assert 0.05 < (seen[-1] - x).abs().max() <= 0.5 * args.epsilon + 1e-6
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 3, 3), (7, 4), (9,), (1, 8), (4, 1, 1, 1)])
+def test_files_leave_zeros_out_and_give_them_back(tmp_path, shape):
+    args = cstar.get_args(["--dataset", "digits", "--device", "cpu"])
+    network = dict(arch="lenet", width=4, channels=1, classes=10, size=[8, 8])
+    w = conv_weight(*shape).float()
+    columns = (torch.rand(shape[1:]) < 0.3).expand(shape)        # of a vector: all or none
+    for kept, wanted in ((torch.ones(shape), "all"), (columns, None), (torch.rand(shape) < 0.2, None)):
+        t = w * kept
+        form, stored = common.kept_values(t)
+        cost = {"all": 32 * t.numel(), "nonzero": t.numel() + 32 * int((t != 0).sum())}
+        if t.dim() > 1:
+            left = int((t.flatten(1) != 0).any(0).sum())
+            cost["columns"] = t[0].numel() + 32 * len(t) * left
+        assert torch.equal(t * stored, t) and cost[form] == min(cost.values()) and wanted in (None, form)
+        assert int(stored.sum()) == (len(t) * left if form == "columns" else (t != 0).sum() if
+                                     form == "nonzero" else t.numel())
+    model = common.build_network(**network)
+    torch.manual_seed(1)
+    for p in model.parameters():                                 # some dense, some sparse, some zero tensors
+        p.data *= torch.rand(p.shape) < torch.randint(0, 3, ()) / 2
+    model.fc[0].weight.data[:, ::3] = 0
+    common.save_model(tmp_path / "sparse.pt", "common", network, model, args)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in weights_of(tmp_path / "sparse.pt").items())
+
+
 # ---------------------------------------------------------------- runs end to end
 
 def test_cstar_run_writes_a_smaller_file_that_is_what_it_reports(finished, digits):
@@ -635,10 +940,11 @@ class Stop(Exception):
     pass
 
 
+@every_script
 @pytest.mark.parametrize("saves", range(1, 10))
-def test_resume_equals_the_uninterrupted_run_bit_for_bit(finished, tmp_path, monkeypatch, saves):
+def test_resume_equals_the_uninterrupted_run_bit_for_bit(whole, tmp_path, monkeypatch, script, saves):
     """Stopped right after the n-th checkpoint: before, within and at the end of each of the three phases."""
-    save, count = common.Run.save, itertools.count(1)
+    finished, save, count = whole(script), common.Run.save, itertools.count(1)
 
     def stopping(run, *args):
         save(run, *args)
@@ -646,10 +952,10 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(finished, tmp_path, mon
             raise Stop
     monkeypatch.setattr(common.Run, "save", stopping)
     with pytest.raises(Stop):
-        tiny(tmp_path / "run")
+        tiny(tmp_path / "run", script=script)
     monkeypatch.undo()
     torch.manual_seed(12345)                                     # whatever came between
-    tiny(tmp_path / "run", "--resume")
+    tiny(tmp_path / "run", "--resume", script=script)
     assert same_weights(finished[0] / "model.pt", tmp_path / "run/model.pt")
     assert same_weights(finished[0] / "dense.pt", tmp_path / "run/dense.pt")
     lines = [[{k: v for k, v in json.loads(line).items() if k not in ("seconds", "output")}
@@ -697,6 +1003,16 @@ def test_pretrained_network_skips_the_first_phase(finished, tmp_path):
 def test_cstar_flags_do_something(finished, tmp_path, more):
     tiny(tmp_path / "run", *more)
     assert not same_weights(finished[0] / "model.pt", tmp_path / "run/model.pt")
+
+
+@pytest.mark.parametrize("more", [
+    "--admm-epochs 0", "--rho 5", "--rho-growth 2", "--rho-growth 9 --rho-max 0.9", "--admm-interval 2",
+    "--group-residual", "--mode post", "--admm-lr 0.001", "--finetune-lr 0.001", "--ramp-epochs 2",
+    "--scheme column", "--ratio 3", "--momentum 0.5", "--weight-decay 0.1"])
+def test_admm_flags_do_something(whole, tmp_path, more):
+    before = "--rho-growth 9".split() if "--rho-max" in more else []
+    tiny(tmp_path / "run", *more.split(), script=admm_prune)
+    assert not same_weights(whole(admm_prune, *before)[0] / "model.pt", tmp_path / "run/model.pt")
 
 
 def spawn(*command, cwd=HERE, **more):
@@ -760,6 +1076,21 @@ def run_cli(main, argv, monkeypatch):
 def test_wrong_flags_are_one_line_exit_2_and_write_nothing(tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
     status, errors = run_cli(cstar.main, ["--dataset", "digits", *flags.split()], monkeypatch)
+    assert errors.count("\n") == 1 and re.search(words, errors), errors
+    assert status == 2 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--target-width 2 --ratio 2", "--target-width.*--ratio"), ("--target-width 8", "from 1 to 4, the width"),
+    ("--mode scratch", "scratch needs --target-width"), ("--mode ticket", "--ticket"),
+    ("--mode scratch --target-width 2 --scheme column", "no --scheme"), ("--ticket x.pt", "--mode ticket"),
+    ("--mode ticket --ticket nowhere.pt", "nowhere.pt"), ("--admm-interval 7", "7 is more than"),
+    ("--mode scratch --target-width 2 --pretrained x.pt", "--pretrained.*scratch"),
+    ("--group-residual --arch lenet", "--group-residual"), ("--scheme kernel", "--scheme"),
+    ("--group-residual --scheme column", "--group-residual"), ("--rho-growth 0.5", "--rho-growth")])
+def test_admm_wrong_flags_are_one_line_exit_2_and_write_nothing(tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    status, errors = run_cli(admm_prune.main, ["--dataset", "digits", *flags.split()], monkeypatch)
     assert errors.count("\n") == 1 and re.search(words, errors), errors
     assert status == 2 and list(tmp_path.iterdir()) == []
 
@@ -903,9 +1234,9 @@ def test_compare_joins_seeds_and_draws(finished, tmp_path, capsys):
     assert picture.stat().st_size > 1000
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@every_script
 def test_every_label_of_a_docstring_stands_in_the_code(script):
-    text = (HERE / f"{script}.py").read_text()
+    text = Path(script.__file__).read_text()
     docstring = ast.get_docstring(ast.parse(text), clean=False)
     code = text.replace(docstring, "", 1)
     labels = set(re.findall(r"\[[A-Z]\]", docstring))

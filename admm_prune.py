@@ -1,0 +1,366 @@
+"""ADMM pruning at the same time as adversarial training: filters, columns or single weights.
+
+Ye, Xu, Liu, Cheng, Lambrechts, Zhang, Zhou, Ma, Wang, Lin: Adversarial Robustness vs. Model Compression, or
+Both? ICCV 2019, arXiv 1903.12561 (equation numbers are those of its second version).
+
+The idea: a small network does not become robust, a large one does; so prune while training adversarially,
+and let ADMM pull the weights towards sparse ones, so that the final cut costs little.
+
+  [A]  min_W  E max_{|d| <= epsilon} loss(f_W(x + d), y)    s.t. W_l = Z_l in S_l              Eq. (2), (3)
+  [B]  S_l: at most ceil(n_l / ratio) of layer l's n_l filters, columns or weights are not zero    Sec. 3.1
+  [C]  project(V): the units of largest norm stay as they are, the others become zero              Sec. 3.1
+  [D]  W <- SGD on  loss(f_W(x_adv), y) + rho/2 sum_l ||W_l - Z_l + U_l||^2                         Eq. (8)
+  [E]  Z <- project(W + U)                                                                         Eq. (10)
+  [F]  U <- U + W - Z                                                    Algorithm 1, in its scaled form
+  [G]  W <- project(W), the pruned stay zero; then trained on like [A], with a fresh optimizer
+A column is one of the matrix (filters, C k k): a position (c, y, x) in all filters. The paper's theta is W.
+
+What is whose. The problem, [A] to [E] and pruning every layer alike are the paper's. Its classifier stays
+whole in the authors' code, from which [G] comes too. The paper prints [F] as U + rho (W - Z), which does not
+agree with its (8) and (10); this is the form that does, and the one of the code. Ours: the rule for rho, the
+epochs, that bias and batch norm of a dead filter die with it and that it leaves the network, and
+--group-residual. In the authors' code U keeps a graph, so that after m updates the penalty pulls 1 + m times
+as hard as [D]: a rho of the paper is weaker here.
+
+  python admm_prune.py --dataset digits                two minutes on two CPU cores, no network
+  python admm_prune.py --arch resnet18 --target-width 4                 CIFAR-10, 16 -> 4, for a GPU
+  python admm_prune.py --arch resnet18 --target-width 4 --pretrain-epochs 300 --admm-epochs 270
+      --admm-interval 9 --finetune-epochs 300 --batch-size 128 --rho 1e-3       the paper's length, K, rho
+The paper, clean / PGD-10 robust % (Table 4): ResNet-18 of width 16 82.71 / 49.31, of width 4 from scratch
+77.35 / 44.99, pruned 16 -> 4 78.85 / 47.19. Table 2, MNIST, PGD-40: width 8 98.85 / 93.51, 4 98.15 / 91.38,
+8 -> 4 98.87 / 94.27. What we measured is in README.md.
+"""
+import math
+import shutil
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import (NETWORKS, Fault, Parser, Run, UsageFault, autocast, build_network, channel_groups, cli,
+                    load_data, load_pretrained, network_of, number, pgd, prepare, radius, read_model, resized,
+                    resolve, save_model, sgd, whole, without_channels)
+
+
+def get_args(argv=None):
+    parser = Parser(__doc__, prog=Path(__file__).name)
+    run = parser.add_argument_group("run")
+    run.add_argument("--dataset", default="cifar10", help="digits, mnist, cifar10, cifar100, svhn, a folder")
+    run.add_argument("--data-dir", default="data", help="where data sets are looked for and downloaded to")
+    run.add_argument("--workers", type=whole(1, 256), default=8, help="threads that decode class folders")
+    run.add_argument("--train-images", type=whole(0), default=0, help="balanced subset to train on; 0 is all")
+    run.add_argument("--eval-images", type=whole(0), help="the same of the test set (default: 1000 on a CPU)")
+    run.add_argument("--arch", choices=NETWORKS)
+    run.add_argument("--width", type=whole(1, 64), help="16 is the standard network")
+    run.add_argument("--seed", type=whole(0), default=0)
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    run.add_argument("--output", help="the run's folder (default: runs/ and a name made of the flags)")
+    run.add_argument("--resume", action="store_true", help="continue the run in --output")
+    run.add_argument("--pretrained", help="a dense.pt to start from; skips pre-training")
+    train = parser.add_argument_group("training (defaults depend on the data set: RECIPES in common.py)")
+    train.add_argument("--pretrain-epochs", type=whole(0, 10000))
+    train.add_argument("--finetune-epochs", type=whole(0, 10000))
+    train.add_argument("--batch-size", type=whole(2, 65536))
+    train.add_argument("--lr", type=number(1e-8, 10), help="peak learning rate of pre-training")
+    train.add_argument("--momentum", type=number(0, 0.999), default=0.9)
+    train.add_argument("--weight-decay", type=number(0, 1), default=5e-4)
+    train.add_argument("--amp", choices=("auto", "on", "off"), default="auto", help="bfloat16 in training")
+    train.add_argument("--compile", action="store_true", help="torch.compile the network in training")
+    attack = parser.add_argument_group("attack (l_inf; pixels are in [0, 1])")
+    attack.add_argument("--epsilon", type=radius, help="radius, such as 8/255")
+    attack.add_argument("--step-size", type=radius)
+    attack.add_argument("--num-steps", type=whole(0, 10000), help="PGD steps in training")
+    attack.add_argument("--ramp-epochs", type=whole(0, 10000), help="epochs over which the radius grows")
+    attack.add_argument("--eval-steps", type=whole(1, 10000), default=50, help="PGD steps in evaluation")
+    attack.add_argument("--restarts", type=whole(1, 1000), default=5, help="random starts in evaluation")
+    paper = parser.add_argument_group("ADMM pruning")
+    paper.add_argument("--mode", choices=MODES, default="admm", help="the method or a baseline")
+    paper.add_argument("--ticket", help="for --mode ticket: the ticket.pt of a pruning run")
+    paper.add_argument("--scheme", choices=("filter", "column", "irregular"), default="filter")
+    paper.add_argument("--ratio", type=number(1, 10000), help="units, all / kept in each layer (default: 4)")
+    paper.add_argument("--target-width", type=whole(1, 64), help="instead: the ratio is width / target width")
+    paper.add_argument("--group-residual", action="store_true", help="one filter mask for a residual stream")
+    paper.add_argument("--admm-epochs", type=whole(0, 10000), help="0 is the one-shot baseline")
+    paper.add_argument("--admm-interval", type=whole(1, 10000), default=1, help="epochs of an ADMM iteration")
+    paper.add_argument("--admm-lr", type=number(1e-8, 10), help="peak learning rate (default: half of --lr)")
+    paper.add_argument("--finetune-lr", type=number(1e-8, 10), help="of fine-tuning (default: --lr)")
+    paper.add_argument("--rho", type=number(1e-9, 1000), help="penalty (default: fits rate and interval)")
+    paper.add_argument("--rho-growth", type=number(1, 100), default=1.0, help="factor at every update")
+    paper.add_argument("--rho-max", type=number(1e-9, 1000), default=10.0, help="where the growth ends")
+    args = resolve(parser, argv, compress="admm_epochs")
+    args.admm_lr, args.finetune_lr = args.admm_lr or args.lr / 2, args.finetune_lr or args.lr
+    if args.target_width and (args.ratio or args.target_width > args.width):
+        parser.error(f"argument --target-width: not with --ratio, and from 1 to {args.width}, the width")
+    args.ratio = args.width / args.target_width if args.target_width else args.ratio or 4.0
+    if args.mode == "scratch" and (not args.target_width or args.scheme != "filter"):
+        parser.error("argument --mode: scratch needs --target-width, and no --scheme")
+    if args.mode in ("scratch", "ticket") and args.pretrained:
+        parser.error(f"argument --pretrained: not with --mode {args.mode}, which trains from initial weights")
+    if (args.mode == "ticket") != bool(args.ticket):
+        parser.error("argument --ticket: a ticket.pt goes with --mode ticket, and with no other")
+    if args.group_residual and (args.scheme != "filter" or args.arch not in ("resnet18", "wrn28_4")):
+        parser.error("argument --group-residual: is for --scheme filter of resnet18 and wrn28_4")
+    if 0 < args.admm_epochs < args.admm_interval and args.mode == "admm":
+        parser.error(f"argument --admm-interval: {args.admm_interval} is more than --admm-epochs")
+    return args
+
+
+# What the modes do with the epochs P + A + F of pre-training, ADMM and fine-tuning: all spend their sum.
+MODES = {
+    "admm": lambda p, a, f: (p, a, f),                           # the paper's method
+    "post": lambda p, a, f: (p, 0, a + f),                       # cut at once, its appendix A
+    "scratch": lambda p, a, f: (p + a + f, 0, 0),                # first hypothesis: only the size matters
+    "ticket": lambda p, a, f: (0, 0, p + a + f)}                 # second: size and inherited initial values
+
+
+# ---------------------------------------------------------------- the method
+
+def prunable(model):
+    """{name: layer} to be pruned: all convolutions and linear layers but the last, the classifier."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    return {name: layers[name] for name in list(layers)[:-1]}
+
+
+def importance(w, scheme):
+    """[C] The norms, in float64, of the units of a weight (S, C, k, k) or (S, C): S filters, C k k columns or
+    S C k k single weights."""
+    if not w.isfinite().all():
+        raise Fault("a weight is not finite: training has diverged (try a lower --lr, or --amp off)")
+    matrix = w.detach().double().flatten(1)                          # (S, C k k)
+    if scheme == "irregular":
+        return matrix.abs().flatten()
+    return matrix.norm(dim=1 if scheme == "filter" else 0)
+
+
+def largest(norms, ratio):
+    """[B] Boolean (n,): exactly ceil(n / ratio) units, those of largest norm, the first among equals."""
+    kept = math.ceil(len(norms) / Fraction(ratio).limit_denominator(10**6))
+    mask = torch.zeros(len(norms), dtype=torch.bool, device=norms.device)
+    mask[norms.argsort(descending=True, stable=True)[:kept]] = True
+    return mask
+
+
+def choose_masks(weights, scheme, ratio, tied=()):
+    """[B] {name: boolean like w, True where it stays} for weights {name: (S, C, ...)}. Layers whose names
+    stand together in `tied` get one filter mask, by the root of the sum of their squared norms."""
+    norms = {name: importance(w, scheme) for name, w in weights.items()}
+    for names in tied:
+        norms |= dict.fromkeys(names, torch.stack([norms[name] for name in names]).norm(dim=0))
+    masks = {}
+    for name, w in weights.items():
+        mask = largest(norms[name], ratio)
+        shape = {"filter": (-1, 1), "column": (1, -1), "irregular": (len(w), -1)}[scheme]
+        masks[name] = mask.view(shape).expand_as(w.flatten(1)).reshape(w.shape)
+    return masks
+
+
+def project(w, mask):
+    """[C] A new tensor: w where the mask is True, else zero. Nearest to w of all with that many units."""
+    return torch.where(mask, w.detach(), 0)
+
+
+class ADMM:
+    """The penalty of [D] and the updates [E] and [F]; z, u, masks are {name: tensor like that weight}.
+
+    choose(weights) gives the masks. After each update rho grows by the factor `growth` up to rho_max, and u,
+    which is the multiplier over rho, shrinks as much."""
+    def __init__(self, layers, choose, rho, growth=1.0, rho_max=10.0):
+        self.weights = {name: layer.weight for name, layer in layers.items()}
+        self.choose, self.rho, self.growth, self.rho_max, self.residuals = choose, rho, growth, rho_max, []
+        self.masks = choose(self.weights)
+        self.z = {name: project(w, self.masks[name]) for name, w in self.weights.items()}
+        self.u = {name: torch.zeros_like(z) for name, z in self.z.items()}
+
+    def penalty(self):
+        """[D] rho/2 sum ||W - Z + U||^2 over the layers, in float32."""
+        return self.rho / 2 * sum((w - self.z[n] + self.u[n]).square().sum() for n, w in self.weights.items())
+
+    @torch.no_grad()
+    def update(self):
+        """[E], [F], rho; returns the relative residual ||W - Z|| / ||W|| of all layers together, and how many
+        entries of the masks changed, in per cent."""
+        moved = {name: w + self.u[name] for name, w in self.weights.items()}
+        before, self.masks = self.masks, self.choose(moved)
+        factor = max(1.0, min(self.growth, self.rho_max / self.rho))
+        gap = size = changed = 0
+        for name, w in self.weights.items():
+            self.z[name] = project(moved[name], self.masks[name])                    # [E]
+            self.u[name] = (moved[name] - self.z[name]) / factor                     # [F]
+            gap, size = gap + (w - self.z[name]).square().sum(), size + w.square().sum()
+            changed += (self.masks[name] ^ before[name]).sum()
+        self.rho *= factor
+        self.residuals.append(math.sqrt(float(gap) / max(float(size), 1e-300)))
+        return self.residuals[-1], 100 * float(changed) / sum(m.numel() for m in before.values())
+
+    def state_dict(self):
+        return dict(z=self.z, u=self.u, masks=self.masks, rho=self.rho, residuals=self.residuals)
+
+    def load_state_dict(self, state):
+        self.rho, self.residuals = state["rho"], state["residuals"]
+        for name, w in self.weights.items():
+            self.z[name], self.u[name] = state["z"][name].to(w.device), state["u"][name].to(w.device)
+            self.masks[name] = state["masks"][name].to(w.device)
+
+
+def parameter_masks(model, masks, scheme):
+    """[G] {parameter: boolean like it}: of weights, and for filters also of the biases and batch norms of the
+    dead, which would otherwise go on giving constants."""
+    out = {f"{name}.weight": mask for name, mask in masks.items()}
+    for writers, norms, _ in channel_groups(model) if scheme == "filter" else ():
+        alive = {name: masks[name].flatten(1).any(1) for name in writers}            # (S,)
+        for name, norm in writers.items():
+            out |= {f"{name}.bias": alive[name], f"{norm}.weight": alive[name], f"{norm}.bias": alive[name]}
+        for norm in norms:                                           # of a sum: dead where all of it is
+            out |= dict.fromkeys((f"{norm}.weight", f"{norm}.bias"), torch.stack([*alive.values()]).any(0))
+    return {name: out[name] for name, _ in model.named_parameters() if name in out}
+
+
+@torch.no_grad()
+def apply_masks(model, masks):
+    """[G] Sets what is pruned to zero, in place."""
+    parameters = dict(model.named_parameters())
+    for name, mask in masks.items():
+        parameters[name].masked_fill_(~mask, 0)
+
+
+def remove_filters(model, masks):
+    """A smaller network that gives the same, without the channels that no layer writes and what reads them;
+    and its masks, of what is still zero: a filter that is dead where another writes to the same channel."""
+    groups = channel_groups(model)
+    alive = [torch.stack([masks[f"{name}.weight"].flatten(1).any(1) for name in writers]).any(0)
+             for writers, _, _ in groups]
+    left = without_channels(masks, groups, alive)
+    return resized(model, without_channels(model.state_dict(), groups, alive)), left
+
+
+def build(artifact):
+    """The network of a model.pt: with the layers' stored sizes; weights loaded strictly."""
+    return resized(build_network(**artifact["network"]), artifact["state"])
+
+
+# ---------------------------------------------------------------- training
+
+def train_epoch(model, batches, optimizer, schedule, args, penalty=None, masks=None, strength=1.0):
+    """One epoch of adversarial training [A]; with a penalty, of ADMM's W-step [D]; with masks, of the pruned
+    network [G]. The attack's radius and step are multiplied by `strength`. Returns what is logged: mean
+    cross-entropy without the penalty, per cent right on the adversarial images of training."""
+    total = right = n = 0
+    for x, y in batches:
+        with autocast(args):
+            model.eval()                                         # the attack sees fixed batch-norm statistics
+            x_adv = pgd(model, x, y, strength * args.epsilon, strength * args.step_size, args.num_steps)
+            model.train()
+            logits = model(x_adv)
+        loss = F.cross_entropy(logits.float(), y)                    # [A] outer min
+        total, right, n = total + loss.detach() * len(y), right + (logits.argmax(1) == y).sum(), n + len(y)
+        if penalty:
+            loss = loss + penalty()                                  # [D]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if masks:
+            apply_masks(model, masks)                                # [G]
+    if not math.isfinite(total):
+        raise Fault("the training loss is not finite: training has diverged (try a lower --lr, or --amp off)")
+    return dict(loss=total.item() / n, train_robust_acc=100 * right.item() / n)
+
+
+def read_ticket(args, network):
+    """Initial weights and masks that a pruning run left; UsageFault unless it pruned that network so."""
+    if not Path(args.ticket).is_file() or not Path(args.ticket).with_name("dense.pt").is_file():
+        raise UsageFault(f"argument --ticket: there is no file {args.ticket}, or no dense.pt beside it")
+    ticket, made = read_model(args.ticket)[0], dict(network=network, scheme=args.scheme, ratio=args.ratio)
+    if {k: ticket.get(k) for k in made} != made or "masks" not in ticket:
+        raise UsageFault(f"argument --ticket: {args.ticket} is not a ticket of {made}")
+    return ticket
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    args = get_args(argv)
+    data = load_data(args)
+    network = network_of(args, data)
+    ratio, phases = args.ratio, MODES[args.mode](args.pretrain_epochs, args.admm_epochs, args.finetune_epochs)
+    if args.mode == "scratch":
+        network["width"], ratio = args.target_width, 1
+    model = build_network(**network)
+    if args.pretrained:
+        load_pretrained(model, args.pretrained, network)
+    ticket = read_ticket(args, network) if args.ticket else None
+    run = Run(args, data, __file__, argv)
+    if run.result:
+        return run.result
+    initial = run.once("initial", lambda: None if args.pretrained or args.ticket else
+                       {name: t.clone() for name, t in model.state_dict().items()})
+    model = prepare(model, args)
+    layers = prunable(model)
+    tied = [list(writers) for writers, _, _ in channel_groups(model)] if args.group_residual else ()
+
+    def strength(epoch):                                             # of the attack, in its first epochs
+        return min(1.0, (epoch + 1) / max(1, args.ramp_epochs))
+
+    def choose(weights):
+        return choose_masks(weights, args.scheme, ratio, tied)       # [B]
+
+    # Phase 1: a dense robust network.
+    optimizer, schedule = sgd(model, args.lr, phases[0], data, args)
+    for epoch in run.epochs("pretrain", phases[0], model=model, optimizer=optimizer, schedule=schedule):
+        fields = train_epoch(model, run.batches(), optimizer, schedule, args, strength=strength(epoch))
+        run.log(epoch=epoch + 1, **fields, strength=strength(epoch))
+    if ticket:
+        run.once("dense", lambda: shutil.copy(Path(args.ticket).with_name("dense.pt"), run.folder) and None)
+    else:
+        run.once("dense", lambda: save_model(run.folder / "dense.pt", "common", network, model, args))
+
+    # Phase 2: ADMM pulls the dense weights towards sparse ones. W follows Z - U with time constant
+    # (1 - momentum) / (lr rho) steps; at the peak rate three of them fit the interval of updates.
+    steps = args.admm_interval * data.steps(args.batch_size)
+    rho = args.rho or 3 * (1 - args.momentum) / (args.admm_lr * steps)
+    admm = ADMM(layers, choose, rho, args.rho_growth, args.rho_max)
+    optimizer, schedule = sgd(model, args.admm_lr, phases[1], data, args)
+    for epoch in run.epochs("admm", phases[1],
+                            model=model, optimizer=optimizer, schedule=schedule, admm=admm):
+        fields = train_epoch(model, run.batches(), optimizer, schedule, args, admm.penalty)
+        if (epoch + 1) % args.admm_interval == 0:
+            fields["rho"] = admm.rho
+            fields["residual"], fields["mask_changed"] = admm.update()
+        run.log(epoch=epoch + 1, **fields)
+    if len(admm.residuals) > 1 and admm.residuals[-1] == max(admm.residuals):
+        run.log(note="the residual grew: ADMM did not converge; more --admm-epochs or another --rho may help")
+
+    # Phase 3: the cut, and fine-tuning of what is left.
+    def choose_and_save_ticket():
+        if ticket:
+            return ticket["masks"]
+        masks = choose({name: layer.weight for name, layer in layers.items()})
+        masks = {name: mask.cpu() for name, mask in parameter_masks(model, masks, args.scheme).items()}
+        if initial and args.mode == "admm":
+            first = build_network(**network)
+            first.load_state_dict(initial)
+            save_model(run.folder / "ticket.pt", "common", network, first, args, masks=masks,
+                       scheme=args.scheme, ratio=args.ratio)
+        return masks
+    masks = {n: mask.to(args.device) for n, mask in run.once("masks", choose_and_save_ticket).items()}
+    if ticket:
+        model.load_state_dict(ticket["state"])
+    apply_masks(model, masks)                                        # [G]
+    kept = {name: int(mask.sum()) for name, mask in masks.items() if name.endswith("weight")}
+    if args.scheme == "filter":
+        model, masks = remove_filters(model, masks)
+    model, masks = prepare(model, args), {name: mask for name, mask in masks.items() if not mask.all()}
+    lr = args.lr if ticket else args.finetune_lr
+    optimizer, schedule = sgd(model, lr, phases[2], data, args)
+    for epoch in run.epochs("finetune", phases[2], model=model, optimizer=optimizer, schedule=schedule):
+        power = strength(epoch) if ticket else 1.0
+        fields = train_epoch(model, run.batches(), optimizer, schedule, args, masks=masks, strength=power)
+        run.log(epoch=epoch + 1, **fields)
+    save_model(run.folder / "model.pt", run.script, network, model, args)
+    return run.finish(kept=kept, rho=rho)
+
+
+if __name__ == "__main__":
+    cli(main)
