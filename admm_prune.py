@@ -40,9 +40,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (NETWORKS, Fault, Parser, Run, UsageFault, autocast, build_network, channel_groups, cli,
-                    load_data, load_pretrained, network_of, number, pgd, prepare, radius, read_model, resized,
-                    resolve, save_model, sgd, whole, without_channels)
+from common import (NETWORKS, Fault, Parser, Run, UsageFault, apply_masks, autocast, build_network, cli,
+                    channel_groups, load_data, load_pretrained, network_of, number, parameter_masks, pgd,
+                    prepare, radius, read_model, remove_filters, resized, resolve, save_model, sgd, whole)
 
 
 def get_args(argv=None):
@@ -90,7 +90,7 @@ def get_args(argv=None):
     paper.add_argument("--rho", type=number(1e-9, 1000), help="penalty (default: fits rate and interval)")
     paper.add_argument("--rho-growth", type=number(1, 100), default=1.0, help="factor at every update")
     paper.add_argument("--rho-max", type=number(1e-9, 1000), default=10.0, help="where the growth ends")
-    args = resolve(parser, argv, compress="admm_epochs")
+    args = resolve(parser, parser.parse_args(argv), compress="admm_epochs")
     args.admm_lr, args.finetune_lr = args.admm_lr or args.lr / 2, args.finetune_lr or args.lr
     if args.target_width and (args.ratio or args.target_width > args.width):
         parser.error(f"argument --target-width: not with --ratio, and from 1 to {args.width}, the width")
@@ -205,37 +205,6 @@ class ADMM:
             self.masks[name] = state["masks"][name].to(w.device)
 
 
-def parameter_masks(model, masks, scheme):
-    """[G] {parameter: boolean like it}: of weights, and for filters also of the biases and batch norms of the
-    dead, which would otherwise go on giving constants."""
-    out = {f"{name}.weight": mask for name, mask in masks.items()}
-    for writers, norms, _ in channel_groups(model) if scheme == "filter" else ():
-        alive = {name: masks[name].flatten(1).any(1) for name in writers}            # (S,)
-        for name, norm in writers.items():
-            out |= {f"{name}.bias": alive[name], f"{norm}.weight": alive[name], f"{norm}.bias": alive[name]}
-        for norm in norms:                                           # of a sum: dead where all of it is
-            out |= dict.fromkeys((f"{norm}.weight", f"{norm}.bias"), torch.stack([*alive.values()]).any(0))
-    return {name: out[name] for name, _ in model.named_parameters() if name in out}
-
-
-@torch.no_grad()
-def apply_masks(model, masks):
-    """[G] Sets what is pruned to zero, in place."""
-    parameters = dict(model.named_parameters())
-    for name, mask in masks.items():
-        parameters[name].masked_fill_(~mask, 0)
-
-
-def remove_filters(model, masks):
-    """A smaller network that gives the same, without the channels that no layer writes and what reads them;
-    and its masks, of what is still zero: a filter that is dead where another writes to the same channel."""
-    groups = channel_groups(model)
-    alive = [torch.stack([masks[f"{name}.weight"].flatten(1).any(1) for name in writers]).any(0)
-             for writers, _, _ in groups]
-    left = without_channels(masks, groups, alive)
-    return resized(model, without_channels(model.state_dict(), groups, alive)), left
-
-
 def build(artifact):
     """The network of a model.pt: with the layers' stored sizes; weights loaded strictly."""
     return resized(build_network(**artifact["network"]), artifact["state"])
@@ -337,7 +306,8 @@ def main(argv=None):
         if ticket:
             return ticket["masks"]
         masks = choose({name: layer.weight for name, layer in layers.items()})
-        masks = {name: mask.cpu() for name, mask in parameter_masks(model, masks, args.scheme).items()}
+        masks = parameter_masks(model, masks, filters=args.scheme == "filter")
+        masks = {name: mask.cpu() for name, mask in masks.items()}
         if initial and args.mode == "admm":
             first = build_network(**network)
             first.load_state_dict(initial)

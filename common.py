@@ -87,10 +87,9 @@ def whole(low, high=10**9):
 radius = number(0, 1, hint=" (pixels are in [0, 1]: write 8/255, not 8)")
 
 
-def resolve(parser, argv, compress):
-    """Parses the flags, fills those not given from RECIPES, refuses contradictions, and seeds torch; compress
-    names the flag that holds the epochs of the paper's own phase."""
-    args = parser.parse_args(argv)
+def resolve(parser, args, compress, **defaults):
+    """Fills the flags not given, first from `defaults`, then from RECIPES, refuses contradictions, and seeds
+    torch; compress names the flag that holds the epochs of the paper's own phase."""
     if args.dataset not in RECIPES and args.epsilon is None:
         parser.error(f"argument --dataset: {args.dataset} is none of {', '.join(RECIPES)}; a folder of "
                      "classes of your own needs --epsilon")
@@ -99,7 +98,7 @@ def resolve(parser, argv, compress):
     if args.pretrained:
         args.pretrain_epochs = 0
     recipe = RECIPES.get(args.dataset) or CIFAR | dict(step_size=args.epsilon / 4)
-    for name, value in (recipe | {compress: recipe["compress_epochs"]}).items():
+    for name, value in (recipe | {compress: recipe["compress_epochs"]} | defaults).items():
         if getattr(args, name, 0) is None:
             setattr(args, name, value)
     args.device = check_device(args.device)
@@ -420,12 +419,31 @@ class LeNet(nn.Module):
         return self.fc[-1](x)
 
 
-NETWORKS = {"resnet18": ResNet18, "vgg16": VGG16, "wrn28_4": WRN28_4, "lenet": LeNet}
+class CNN(nn.Sequential):
+    """HYDRA's networks for verifiable training: convolutions (channels in units of the width over 16, kernel,
+    stride), ReLU and linear layers, and nothing else, so that bounds can be propagated through them."""
+    def __init__(self, width, channels, classes, size, convs, linear):
+        layers, (h, w) = [], size
+        for c, kernel, stride in convs:
+            layers += [nn.Conv2d(channels, c * width // 16, kernel, stride, padding=1), nn.ReLU()]
+            channels, h, w = c * width // 16, (h + 2 - kernel) // stride + 1, (w + 2 - kernel) // stride + 1
+        layers, units = [*layers, nn.Flatten()], channels * h * w
+        for n in linear:
+            layers += [nn.Linear(units, n * width // 16), nn.ReLU()]
+            units = n * width // 16
+        super().__init__(*layers, nn.Linear(units, classes))
+
+
+CNN_SMALL = dict(convs=((16, 4, 2), (32, 4, 2)), linear=(100,))
+CNN_LARGE = dict(convs=((32, 3, 1), (32, 4, 2), (64, 3, 1), (64, 4, 2)), linear=(512, 512))
+NETWORKS = {"resnet18": ResNet18, "vgg16": VGG16, "wrn28_4": WRN28_4, "lenet": LeNet,
+            "cnn_small": lambda *network: CNN(*network, **CNN_SMALL),
+            "cnn_large": lambda *network: CNN(*network, **CNN_LARGE)}
 
 
 def build_network(arch, width, channels, classes, size):
     """A network of NETWORKS for images (channels, *size), width 16 being standard; UsageFault if too deep."""
-    least = {"resnet18": 8, "vgg16": 32, "wrn28_4": 4, "lenet": 4 if channels == 1 else 16}[arch]
+    least = {"resnet18": 8, "vgg16": 32, "lenet": 4 if channels == 1 else 16}.get(arch, 4)
     if min(size) < least:
         raise UsageFault(f"argument --arch: {arch} is too deep for {size[0]}x{size[1]}; its least is {least}")
     return NETWORKS[arch](width, channels, classes, size)
@@ -504,6 +522,37 @@ def resized(model, state):
         model.set_submodule(name, new.to(m.weight))
     model.load_state_dict(state)
     return model
+
+
+def parameter_masks(model, masks, filters):
+    """{parameter: boolean like it} from {layer: mask of its weight, True where it stays}; where filters are
+    pruned, also of the biases and batch norms of the dead, which would otherwise go on giving constants."""
+    out = {f"{name}.weight": mask for name, mask in masks.items()}
+    for writers, norms, _ in channel_groups(model) if filters else ():
+        alive = {name: masks[name].flatten(1).any(1) for name in writers}            # (S,)
+        for name, norm in writers.items():
+            out |= {f"{name}.bias": alive[name], f"{norm}.weight": alive[name], f"{norm}.bias": alive[name]}
+        for norm in norms:                                           # of a sum: dead where all of it is
+            out |= dict.fromkeys((f"{norm}.weight", f"{norm}.bias"), torch.stack([*alive.values()]).any(0))
+    return {name: out[name] for name, _ in model.named_parameters() if name in out}
+
+
+@torch.no_grad()
+def apply_masks(model, masks):
+    """Sets what is pruned to zero, in place; masks are those of parameter_masks."""
+    parameters = dict(model.named_parameters())
+    for name, mask in masks.items():
+        parameters[name].masked_fill_(~mask, 0)
+
+
+def remove_filters(model, masks):
+    """A smaller network that gives the same, without the channels that no layer writes and what reads them;
+    and its masks, of what is still zero: a filter that is dead where another writes to the same channel."""
+    groups = channel_groups(model)
+    alive = [torch.stack([masks[f"{name}.weight"].flatten(1).any(1) for name in writers]).any(0)
+             for writers, _, _ in groups]
+    left = without_channels(masks, groups, alive)
+    return resized(model, without_channels(model.state_dict(), groups, alive)), left
 
 
 def prepare(model, args):
@@ -1047,8 +1096,9 @@ class Run:
         size = self.args.batch_size
         return progress(self.data.batches(size, self.generator), self.label, self.data.steps(size))
 
-    def finish(self, **more):
-        """Reads dense.pt and model.pt back from disk, judges both, writes and returns result.json."""
+    def finish(self, judge=None, **more):
+        """Reads dense.pt and model.pt back from disk, judges both, writes and returns result.json; what
+        judge(model) gives is added to what is said of each."""
         self.phase, self.begin, args, device = "final", time.time(), self.args, self.args.device
         attack = dict(epsilon=args.epsilon, step_size=args.step_size, num_steps=args.eval_steps,
                       seed=args.seed)
@@ -1056,6 +1106,7 @@ class Run:
         (artifact, dense), (_, compact) = map(read_model, files)
         models = [m.to(device, memory_format=torch.channels_last) for m in (dense, compact)]
         judged = [evaluate(m, self.data.test, restarts=args.restarts, **attack) for m in models]
+        judged = [said | judge(m) if judge else said for said, m in zip(judged, models)]
         network, flags = artifact["network"], sanity_flags(compact, self.data.test, **attack)
         size, macs = [file.stat().st_size for file in files], [count_macs(m, network) for m in models]
         count = [sum(p.numel() for p in m.parameters()) for m in models]

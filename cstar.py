@@ -76,7 +76,7 @@ def get_args(argv=None):
     paper.add_argument("--finetune-lr", type=number(1e-8, 10), help="of fine-tuning (default: --lr)")
     paper.add_argument("--rho", type=number(1e-9, 1000), help="penalty (default: fits rate and interval)")
     paper.add_argument("--hooi", type=whole(0, 100), default=0, help="alternating sweeps in every projection")
-    args = resolve(parser, argv, compress="admm_epochs")
+    args = resolve(parser, parser.parse_args(argv), compress="admm_epochs")
     args.admm_lr, args.finetune_lr = args.admm_lr or args.lr / 2, args.finetune_lr or args.lr
     return args
 

@@ -695,9 +695,9 @@ def filter_masks(model, ratio, grouped=False):
     ("resnet18", 3, 16, True), ("wrn28_4", 2, 8, False), ("wrn28_4", 2, 8, True)])
 def test_admm_smaller_network_equals_the_masked_one(arch, channels, size, grouped, dtype, tolerance):
     model = shaken(arch, 2, channels, size, dtype)
-    masks = admm_prune.parameter_masks(model, filter_masks(model, 2, grouped), "filter")
-    admm_prune.apply_masks(model, masks)
-    small, left = admm_prune.remove_filters(copy.deepcopy(model), masks)
+    masks = common.parameter_masks(model, filter_masks(model, 2, grouped), True)
+    common.apply_masks(model, masks)
+    small, left = common.remove_filters(copy.deepcopy(model), masks)
     x = torch.rand(6, channels, size, size, dtype=dtype)
     for training in (False, True):                               # with running and with batch statistics
         full = copy.deepcopy(model).train(training)(x)
@@ -712,9 +712,9 @@ def test_admm_smaller_network_equals_the_masked_one(arch, channels, size, groupe
 @pytest.mark.parametrize("arch, channels", [("lenet", 1), ("resnet18", 3), ("wrn28_4", 3)])
 def test_admm_constants_of_dead_filters_must_go_with_them(arch, channels):
     model = shaken(arch, 2, channels, 16).eval()
-    masks = admm_prune.parameter_masks(model, filter_masks(model, 2), "filter")
-    admm_prune.apply_masks(model, {name: mask for name, mask in masks.items() if mask.dim() > 1})
-    small, _ = admm_prune.remove_filters(copy.deepcopy(model), masks)
+    masks = common.parameter_masks(model, filter_masks(model, 2), True)
+    common.apply_masks(model, {name: mask for name, mask in masks.items() if mask.dim() > 1})
+    small, _ = common.remove_filters(copy.deepcopy(model), masks)
     x = torch.rand(4, channels, 16, 16, dtype=torch.float64)
     assert (small(x) - model(x)).abs().max() > 1e-3 * model(x).abs().max()
 
@@ -725,8 +725,8 @@ def test_admm_constants_of_dead_filters_must_go_with_them(arch, channels):
 def test_admm_removal_gives_the_parameter_counts_of_the_target_width(arch, channels, size, width, grouped):
     for target in (1, 2, 4):
         model = common.build_network(arch, width, channels, 10, (size, size))
-        masks = admm_prune.parameter_masks(model, filter_masks(model, width / target, grouped), "filter")
-        small, _ = admm_prune.remove_filters(model, masks)
+        masks = common.parameter_masks(model, filter_masks(model, width / target, grouped), True)
+        small, _ = common.remove_filters(model, masks)
         wanted = common.build_network(arch, target, channels, 10, (size, size)).state_dict()
         assert {k: t.shape for k, t in small.state_dict().items()} == {k: t.shape for k, t in wanted.items()}
 
@@ -799,12 +799,12 @@ def test_admm_zeros_survive_every_optimizer_also_a_used_one(optimizer, scheme):
     model, x, y = resnet().train(), torch.rand(16, 1, 8, 8), torch.arange(16) % 10
     used = optimizer(model.parameters())
     weights = {name: layer.weight for name, layer in admm_prune.prunable(model).items()}
-    masks = admm_prune.parameter_masks(model, admm_prune.choose_masks(weights, scheme, 3), scheme)
+    masks = common.parameter_masks(model, admm_prune.choose_masks(weights, scheme, 3), scheme == "filter")
     assert (set(masks) - {f"{n}.weight" for n in weights} != set()) == (scheme == "filter")
     args = cstar.get_args("--dataset digits --num-steps 1 --device cpu --amp off".split())
     schedule = torch.optim.lr_scheduler.ConstantLR(used)
     admm_prune.train_epoch(model, [(x, y)], used, schedule, args)                        # momentum everywhere
-    admm_prune.apply_masks(model, masks)
+    common.apply_masks(model, masks)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     admm_prune.train_epoch(model, [(x, y)] * 20, used, schedule, args, masks=masks)
     for name, p in model.named_parameters():
@@ -856,8 +856,8 @@ def test_admm_ticket_is_the_initial_network_cut_like_the_pruned_one(whole, tmp_p
     torch.manual_seed(0)
     initial = common.build_network("resnet18", 1, 1, 10, (8, 8))
     assert all(torch.equal(ticket["state"][k], v) for k, v in initial.state_dict().items())
-    admm_prune.apply_masks(initial, ticket["masks"])
-    small, _ = admm_prune.remove_filters(initial, ticket["masks"])
+    common.apply_masks(initial, ticket["masks"])
+    small, _ = common.remove_filters(initial, ticket["masks"])
     no_epochs = "--pretrain-epochs 0 --admm-epochs 0 --finetune-epochs 0 --mode ticket".split()
     flags = [*TINY, *no_epochs, "--ticket", str(folder / "ticket.pt"), "--output", str(tmp_path / "run")]
     admm_prune.main(flags)
