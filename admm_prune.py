@@ -33,7 +33,6 @@ The paper, clean / PGD-10 robust % (Table 4): ResNet-18 of width 16 82.71 / 49.3
 import math
 import shutil
 import sys
-from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -41,8 +40,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import (NETWORKS, Fault, Parser, Run, UsageFault, apply_masks, autocast, build_network, cli,
-                    channel_groups, load_data, load_pretrained, network_of, number, parameter_masks, pgd,
-                    prepare, radius, read_model, remove_filters, resized, resolve, save_model, sgd, whole)
+                    channel_groups, largest, load_data, load_pretrained, network_of, number, pgd, prepare,
+                    parameter_masks, radius, read_model, remove_filters, resized, resolve, save_model, sgd,
+                    whole)
 
 
 def get_args(argv=None):
@@ -135,17 +135,10 @@ def importance(w, scheme):
     return matrix.norm(dim=1 if scheme == "filter" else 0)
 
 
-def largest(norms, ratio):
-    """[B] Boolean (n,): exactly ceil(n / ratio) units, those of largest norm, the first among equals."""
-    kept = math.ceil(len(norms) / Fraction(ratio).limit_denominator(10**6))
-    mask = torch.zeros(len(norms), dtype=torch.bool, device=norms.device)
-    mask[norms.argsort(descending=True, stable=True)[:kept]] = True
-    return mask
-
-
 def choose_masks(weights, scheme, ratio, tied=()):
-    """[B] {name: boolean like w, True where it stays} for weights {name: (S, C, ...)}. Layers whose names
-    stand together in `tied` get one filter mask, by the root of the sum of their squared norms."""
+    """[B] {name: boolean like w, True where it stays} for weights {name: (S, C, ...)}: exactly
+    ceil(n / ratio) units a layer, the first among equals. Layers that stand together in `tied` get one filter
+    mask, by the root of the sum of their squared norms."""
     norms = {name: importance(w, scheme) for name, w in weights.items()}
     for names in tied:
         norms |= dict.fromkeys(names, torch.stack([norms[name] for name in names]).norm(dim=0))

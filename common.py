@@ -524,6 +524,14 @@ def resized(model, state):
     return model
 
 
+def largest(values, ratio):
+    """Boolean (n,), True for exactly ceil(n / ratio) of values (n,): the largest, the first among equals."""
+    kept = math.ceil(len(values) / Fraction(ratio).limit_denominator(10**6))
+    least = values.kthvalue(len(values) + 1 - kept).values
+    above, equal = values > least, values == least
+    return above | equal & (equal.cumsum(0) <= kept - above.sum())
+
+
 def parameter_masks(model, masks, filters):
     """{parameter: boolean like it} from {layer: mask of its weight, True where it stays}; where filters are
     pruned, also of the biases and batch norms of the dead, which would otherwise go on giving constants."""

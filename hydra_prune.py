@@ -1,0 +1,470 @@
+"""Robust pruning: pre-train, prune and fine-tune under one objective; lowest magnitudes, or learned scores.
+
+Sehwag, Wang, Mittal, Jana: Towards Compact and Robust Deep Neural Networks. 2019, arXiv 1906.06110. And:
+HYDRA: Pruning Adversarially Robust Neural Networks. NeurIPS 2020, arXiv 2002.10509.
+
+The idea: train for the robustness that you want, in every phase. The first paper prunes what is small (LWM),
+whatever the objective; HYDRA lets the objective decide, by training importance scores before the cut.
+
+  [A]  L: natural, pgd, trades, crown-ibp or smooth, the same in all phases; pre-train  min_w E L(w; x, y)
+  [B]  m(s) = 1 for the ceil(n / ratio) largest |s| of a layer's n weights, else 0
+  [C]  s = sqrt(6 / fan_in) w / max |w|           first scores: m(s) then prunes the lowest magnitudes (LWM)
+  [D]  prune      min_s E L(w * m(s); x, y)       w fixed; m passes gradients on: dL/ds = sign(s) w dL/d(w m)
+  [E]  fine-tune  min_w E L(w * m; x, y)          m fixed
+  [F]  trades     CE(f(x), y) + beta KL(p(x) || p(x_adv)),  x_adv maximises that KL
+  [G]  interval bounds: center c and radius r of a box become W c + b and |W| r; the last layer takes margins
+  [H]  CROWN-IBP: margins as linear functions of x, each ReLU between two lines over its interval
+  [I]  crown-ibp  CE of the logits -lower(f_y - f_j), lower = share * [H] + (1 - share) * [G]
+  [J]  smooth     CE(f(x), y) + beta KL(p(x) || p(x + sigma N(0, 1)))
+  [K]  certified l2 radius of the smoothed network: sigma Phi^-1(p), p by Clopper and Pearson (Cohen 2019)
+
+What is whose. No text of either paper was at hand: the procedure is from their abstracts, [B] to [F], [I]
+and [J] from HYDRA's code, where [F] is Zhang et al. 2019 (TRADES), [H] and [I] Zhang et al. 2020, [J] Carmon
+et al. 2019, [K] Cohen et al. 2019. The first paper's verifiable objective is not known; MixTrain, HYDRA's
+other one, is left out, for CROWN-IBP gives the tighter bounds. The box is clamped to [0, 1], not to the batch
+as in HYDRA's code. Ours: the schedules, that LWM fine-tunes for the epochs that HYDRA spends on [D], and
+--scheme filter, where a filter's score is the norm of its weights' scores.
+
+  python hydra_prune.py --dataset digits               two minutes on two CPU cores, no network
+  python hydra_prune.py --arch vgg16 --ratio 10        CIFAR-10, for a GPU; the first paper: --scores lwm
+  python hydra_prune.py --arch wrn28_4 --objective trades --pretrain-epochs 100 --prune-epochs 20
+      --finetune-epochs 100 --finetune-lr 0.01 --lr 0.1 --batch-size 128 --weight-decay 1e-4    HYDRA's length
+1906.06110 (abstract): at ratio 10, 93 % of clean, 92.5 % of empirical robust, 85 % of verified accuracy are
+preserved. HYDRA (table of results, with extra data), VGG-16 with three linear layers, CIFAR-10, robust %:
+dense 51.9; ratio 10 LWM 48.8, HYDRA 49.5; ratio 100 LWM 34.3, HYDRA 41.7. What we measured is in README.md.
+"""
+import itertools
+import math
+import sys
+from pathlib import Path
+from statistics import NormalDist
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import (NETWORKS, Fault, Parser, Run, apply_masks, autocast, balanced, batched, build_network,
+                    cli, first_break, interval, judging, largest, load_data, load_pretrained, network_of, number,
+                    parameter_masks, per_cent, pgd, prepare, radius, remove_filters, resized, resolve,
+                    save_model, sgd, to_float, whole)
+
+OBJECTIVES = ("natural", "pgd", "trades", "crown-ibp", "smooth")
+# Ours, for crown-ibp: a network of plain layers, Adam's rate, more epochs for digits; the usual small radii.
+VERIFIABLE = dict(arch="cnn_small", width=16, lr=1e-3, batch_size=128, ramp_epochs=15)
+DIGITS = dict(batch_size=64, pretrain_epochs=60, prune_epochs=20, finetune_epochs=40, ramp_epochs=30)
+VERIFIABLE_RADIUS = {"digits": 0.02, "mnist": 0.1, "cifar10": 2 / 255, "cifar100": 2 / 255, "svhn": 2 / 255}
+
+
+def get_args(argv=None):
+    parser = Parser(__doc__, prog=Path(__file__).name)
+    run = parser.add_argument_group("run")
+    run.add_argument("--dataset", default="cifar10", help="digits, mnist, cifar10, cifar100, svhn, a folder")
+    run.add_argument("--data-dir", default="data", help="where data sets are looked for and downloaded to")
+    run.add_argument("--workers", type=whole(1, 256), default=8, help="threads that decode class folders")
+    run.add_argument("--train-images", type=whole(0), default=0, help="balanced subset to train on; 0 is all")
+    run.add_argument("--eval-images", type=whole(0), help="the same of the test set (default: 1000 on a CPU)")
+    run.add_argument("--arch", choices=NETWORKS)
+    run.add_argument("--width", type=whole(1, 64), help="16 is the standard network")
+    run.add_argument("--seed", type=whole(0), default=0)
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    run.add_argument("--output", help="the run's folder (default: runs/ and a name made of the flags)")
+    run.add_argument("--resume", action="store_true", help="continue the run in --output")
+    run.add_argument("--pretrained", help="a dense.pt to start from; skips pre-training")
+    train = parser.add_argument_group("training (defaults depend on the data set: RECIPES in common.py)")
+    train.add_argument("--pretrain-epochs", type=whole(0, 10000))
+    train.add_argument("--finetune-epochs", type=whole(0, 10000))
+    train.add_argument("--batch-size", type=whole(2, 65536))
+    train.add_argument("--lr", type=number(1e-8, 10), help="peak learning rate of pre-training")
+    train.add_argument("--momentum", type=number(0, 0.999), default=0.9)
+    train.add_argument("--weight-decay", type=number(0, 1), default=5e-4)
+    train.add_argument("--amp", choices=("auto", "on", "off"), default="auto", help="bfloat16 in training")
+    train.add_argument("--compile", action="store_true", help="torch.compile the network in training")
+    attack = parser.add_argument_group("attack (l_inf; pixels are in [0, 1])")
+    attack.add_argument("--epsilon", type=radius, help="radius, such as 8/255")
+    attack.add_argument("--step-size", type=radius)
+    attack.add_argument("--num-steps", type=whole(0, 10000), help="PGD steps in training")
+    attack.add_argument("--ramp-epochs", type=whole(0, 10000), help="epochs over which the radius grows")
+    attack.add_argument("--eval-steps", type=whole(1, 10000), default=50, help="PGD steps in evaluation")
+    attack.add_argument("--restarts", type=whole(1, 1000), default=5, help="random starts in evaluation")
+    paper = parser.add_argument_group("robust pruning")
+    paper.add_argument("--scores", choices=("lwm", "hydra"), default="hydra", help="lowest magnitude or [D]")
+    paper.add_argument("--objective", choices=OBJECTIVES, default="pgd", help="of all phases")
+    paper.add_argument("--scheme", choices=("irregular", "filter"), default="irregular")
+    paper.add_argument("--ratio", type=number(1, 10000), default=10.0, help="units, all / kept in each layer")
+    paper.add_argument("--prune-epochs", type=whole(0, 10000), help="of [D]; lwm fine-tunes as many more")
+    paper.add_argument("--prune-lr", type=number(1e-8, 10), help="of the scores (default: --lr)")
+    paper.add_argument("--finetune-lr", type=number(1e-8, 10), help="of fine-tuning (default: --lr)")
+    paper.add_argument("--beta", type=number(0, 1000), default=6.0, help="of [F] and [J]")
+    paper.add_argument("--final-share", type=number(0, 1), default=0.0, help="of CROWN-IBP in [I], from 1")
+    paper.add_argument("--sigma", type=number(1e-6, 100), default=0.25, help="noise of [J] and [K]")
+    paper.add_argument("--certify-images", type=whole(0), default=100, help="of [K], after smooth training")
+    paper.add_argument("--certify-draws", type=whole(100, 10**7), default=10000, help="of noise, an image")
+    given, defaults = parser.parse_args(argv), {}
+    if given.objective == "crown-ibp":
+        given.epsilon = VERIFIABLE_RADIUS.get(given.dataset) if given.epsilon is None else given.epsilon
+        defaults = VERIFIABLE | (DIGITS if given.dataset == "digits" else {})
+        defaults["step_size"] = given.epsilon and given.epsilon / 4
+        if given.arch not in (None, "cnn_small", "cnn_large"):
+            parser.error("argument --objective: crown-ibp is for --arch cnn_small and cnn_large")
+    args = resolve(parser, given, compress="prune_epochs", **defaults)
+    if args.objective == "crown-ibp":
+        args.amp = False                                             # bounds need all digits
+    args.prune_lr, args.finetune_lr = args.prune_lr or args.lr, args.finetune_lr or args.lr
+    return args
+
+
+# ---------------------------------------------------------------- scores and masks
+
+def prunable(model, scheme):
+    """{name: layer} to be pruned: all convolutions and linear layers; of filters, all but the classifier."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    return {name: layers[name] for name in list(layers)[:-1 if scheme == "filter" else None]}
+
+
+def first_score(w):
+    """[C] sqrt(6 / fan_in) w / max |w|, like w (S, C, ...); zeros for a layer of zeros."""
+    bound = math.sqrt(6 / w[0].numel())
+    return bound * w / w.abs().max().clamp_min(torch.finfo(w.dtype).tiny)
+
+
+def choose_mask(s, scheme, ratio):
+    """[B] Boolean like s (S, C, ...): exactly ceil(n / ratio) weights or filters, those of largest |s| or
+    norm, the first among equals."""
+    if not s.isfinite().all():
+        raise Fault("a score is not finite: training has diverged (try a lower --prune-lr, or --amp off)")
+    matrix = s.detach().flatten(1)                                   # (S, C k k)
+    if scheme == "irregular":
+        return largest(matrix.abs().flatten(), ratio).view(s.shape)
+    return largest(matrix.norm(dim=1), ratio)[:, None].expand(matrix.shape).reshape(s.shape)
+
+
+class Scores(nn.Module):
+    """[D] Importance scores s of all weights w, both in its state. The network itself holds w * m(s), so that
+    attacks, losses and bounds are those of the pruned network."""
+    def __init__(self, layers, scheme, ratio):
+        super().__init__()
+        self.layers, self.scheme, self.ratio = layers, scheme, ratio
+        self.s = nn.ParameterList(first_score(layer.weight.detach()) for layer in layers.values())
+        for i, layer in enumerate(layers.values()):
+            self.register_buffer(f"w{i}", layer.weight.detach().clone())
+
+    def masks(self):
+        return {name: choose_mask(s, self.scheme, self.ratio) for name, s in zip(self.layers, self.s)}
+
+    @torch.no_grad()
+    def put_masked_weights(self):
+        """[B] Sets the network's weights to w * m(s)."""
+        for i, (layer, mask) in enumerate(zip(self.layers.values(), self.masks().values())):
+            layer.weight.copy_(torch.where(mask, getattr(self, f"w{i}"), 0))
+
+    @torch.no_grad()
+    def take_gradients(self):
+        """[D] dL/ds = sign(s) w dL/d(w m), of pruned weights too, from the gradients that the network got."""
+        for i, (layer, s) in enumerate(zip(self.layers.values(), self.s)):
+            s.grad, layer.weight.grad = s.sign() * getattr(self, f"w{i}") * layer.weight.grad, None
+
+
+# ---------------------------------------------------------------- sound bounds
+
+def plain_layers(model):
+    """The layers of a chain of convolutions (padded by numbers, with zeros), linear layers, ReLU and Flatten;
+    Fault where no bound is known."""
+    layers = list(model) if isinstance(model, nn.Sequential) else [model]
+    for layer in layers:
+        odd = isinstance(layer, nn.Conv2d) and (layer.padding_mode, type(layer.padding)) != ("zeros", tuple)
+        if odd or not isinstance(layer, (nn.Conv2d, nn.Linear, nn.ReLU, nn.Flatten)):
+            raise Fault(f"no bounds are known for {type(layer).__name__}: only for convolutions with zero "
+                        "padding, linear layers, ReLU and Flatten")
+    if not isinstance(layers[-1], nn.Linear):
+        raise Fault("no bounds are known for a network that does not end in a linear layer")
+    return layers
+
+
+def linear_map(layer, x, weight):
+    """A layer's product with another weight and without bias, of x (N, ...)."""
+    if isinstance(layer, nn.Linear):
+        return x @ weight.T
+    return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+def interval_boxes(layers, x, epsilon):
+    """[G] (lower, upper) of what enters each layer, for all inputs within epsilon of x and within [0, 1]."""
+    boxes = [((x - epsilon).clamp(min=0), (x + epsilon).clamp(max=1))]
+    for layer in layers[:-1]:
+        lower, upper = boxes[-1]
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            center = layer((lower + upper) / 2)
+            r = linear_map(layer, (upper - lower) / 2, layer.weight.abs())
+            boxes.append((center - r, center + r))
+        else:                                                        # ReLU and Flatten keep the order
+            boxes.append((layer(lower), layer(upper)))
+    return boxes
+
+
+def margin_rows(last, y):
+    """Weights (N, K, F) and biases (N, K) of the margins f_y - f_j for all classes j, of a linear layer."""
+    bias = last.weight.new_zeros(len(last.weight)) if last.bias is None else last.bias
+    return last.weight[y][:, None] - last.weight, bias[y][:, None] - bias
+
+
+def interval_margins(layers, boxes, y):
+    """[G] Lower bounds (N, K) of f_y - f_j; the last layer is merged with the difference."""
+    (lower, upper), (a, d) = boxes[-1], margin_rows(layers[-1], y)
+    return d + (a @ ((lower + upper) / 2)[:, :, None] - a.abs() @ ((upper - lower) / 2)[:, :, None])[:, :, 0]
+
+
+def crown_margins(layers, boxes, y, adaptive=True):
+    """[H] Lower bounds (N, K) of f_y - f_j, passed back through the network as d + <a, layer's input>.
+
+    An unstable ReLU on [l, u] lies below the line u (z - l) / (u - l) and above slope * z; slope is 1 or 0 as
+    u or -l is larger, or, not adaptive, 0: that one is never below [G]."""
+    a, d = margin_rows(layers[-1], y)                                # (N, K, ...), (N, K)
+    for layer, (lower, upper) in zip(reversed(layers[:-1]), reversed(boxes[:-1])):
+        if isinstance(layer, nn.ReLU):
+            low, up = lower.clamp(max=0)[:, None], upper.clamp(min=0)[:, None]
+            line = up / (up - low).clamp_min(torch.finfo(up.dtype).tiny)
+            slope = (line > 0.5 if adaptive else low == 0).to(line) * (up > 0)
+            d = d - (a.clamp(max=0) * low * line).flatten(2).sum(2)
+            a = a.clamp(min=0) * slope + a.clamp(max=0) * line
+        elif isinstance(layer, nn.Flatten):
+            a = a.unflatten(2, lower.shape[1:])
+        elif isinstance(layer, nn.Linear):
+            d = d + (a @ layer.bias if layer.bias is not None else 0)
+            a = a @ layer.weight
+        else:
+            if layer.bias is not None:
+                d = d + a.sum((3, 4)) @ layer.bias
+            size, pads = lower.shape[2:], zip(a.shape[3:], layer.stride, layer.padding, layer.dilation,
+                                              layer.kernel_size)
+            rest = [n - ((out - 1) * stride - 2 * pad + dilation * (k - 1) + 1)
+                    for n, (out, stride, pad, dilation, k) in zip(size, pads)]
+            back = F.conv_transpose2d(a.flatten(0, 1), layer.weight, None, layer.stride, layer.padding, rest,
+                                      layer.groups, layer.dilation)
+            a = back.unflatten(0, a.shape[:2])
+    (lower, upper), a = boxes[0], a.flatten(2)
+    center, r = ((upper + lower) / 2).flatten(1)[:, :, None], ((upper - lower) / 2).flatten(1)[:, :, None]
+    return d + (a @ center - a.abs() @ r)[:, :, 0]
+
+
+def best_margins(layers, x, y, epsilon):
+    """Lower bounds (N, K): the best of three sound ones, [G], [H] with both slopes."""
+    boxes = interval_boxes(layers, x, epsilon)
+    return torch.stack([interval_margins(layers, boxes, y), crown_margins(layers, boxes, y, False),
+                        crown_margins(layers, boxes, y, True)]).amax(0)
+
+
+def verify(model, images, attack):
+    """{verified_acc, verified_ci}: images (uint8 (N, C, H, W), labels (N,)) of which the bounds prove, in
+    float64, that nothing within epsilon changes the class; {} for networks without known bounds. Raises Fault
+    should a verified image not be right, or fall to the attack: then a bound is wrong."""
+    try:
+        layers = plain_layers(model)
+    except Fault:
+        return {}
+    with judging(model, seed=attack["seed"]) as generator:
+        model.double()
+        verified = torch.cat([(best_margins(layers, x.double(), y, attack["epsilon"]).scatter(
+            1, y[:, None], math.inf) > 0).all(1) for x, y in batched(*images)])
+        model.float()
+        chosen, settings = tuple(t[verified] for t in images), dict(attack)
+        del settings["seed"]
+        first = first_break(model, chosen, generator, **settings)
+        if (first <= attack["num_steps"]).any():
+            raise Fault("an image that the bounds verify was misclassified: the bounds are not sound")
+    accuracy = per_cent(verified)
+    return dict(verified_acc=accuracy, verified_ci=interval(accuracy, len(verified)))
+
+
+# ---------------------------------------------------------------- randomised smoothing
+
+def clopper_pearson(count, n, alpha):
+    """One-sided lower confidence bound of a probability of which `count` of n draws were hits: the p for
+    which `count` or more of n are as likely as alpha. Bisection on the binomial tail, in float64."""
+    if count == 0:
+        return 0.0
+    k = torch.arange(count, n + 1, dtype=torch.float64)
+    ways = math.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        p = (low + high) / 2
+        tail = torch.logsumexp(ways + k * math.log(p) + (n - k) * math.log1p(-p), 0)
+        low, high = (p, high) if tail < math.log(alpha) else (low, p)
+    return low
+
+
+def certify(model, image, generator, *, sigma, draws, selection=100, alpha=0.001, classes=10):
+    """[K] (class, l2 radius) of the smoothed network at one image (C, H, W); (None, 0.0) if it abstains. The
+    class is chosen with `selection` draws, others give the bound, which fails with probability alpha."""
+    def votes(n):
+        total = torch.zeros(classes, dtype=torch.long, device=image.device)
+        for size in [1000] * (n // 1000) + [n % 1000] * (n % 1000 > 0):
+            noise = torch.randn((size, *image.shape), generator=generator, device=image.device)
+            noisy = (image + sigma * noise).contiguous(memory_format=torch.channels_last)      # never clamped
+            total += model(noisy).argmax(1).bincount(minlength=classes)
+        return total
+    best = int(votes(selection).argmax())
+    p = clopper_pearson(int(votes(draws)[best]), draws, alpha)
+    return (best, sigma * NormalDist().inv_cdf(p)) if p > 0.5 else (None, 0.0)
+
+
+def smoothed(model, images, classes, args):
+    """What result.json says of the smoothed network: the curve of certified accuracy, in per cent, against
+    the l2 radius; to abstain is to be wrong. Another norm and classifier than those of robust_acc."""
+    chosen = balanced(images[1].cpu().numpy(), min(args.certify_images, len(images[1])))
+    x, y = to_float(images[0][chosen]), images[1][chosen].tolist()
+    with judging(model, seed=args.seed) as generator:
+        found = [certify(model, image, generator, sigma=args.sigma, draws=args.certify_draws, classes=classes)
+                 for image in x]
+    reach = [r if label == true else -1.0 for (label, r), true in zip(found, y)]
+    radii = [round(0.05 * i, 2) for i in itertools.takewhile(lambda i: 0.05 * i <= max(reach), range(10**4))]
+    return dict(smoothed=dict(
+        norm="l_2", sigma=args.sigma, draws=args.certify_draws, selection=100, alpha=0.001, images=len(y),
+        abstained=sum(label is None for label, _ in found),
+        curve={f"{r:.2f}": round(100 * sum(mine >= r for mine in reach) / len(y), 2) for r in radii}))
+
+
+# ---------------------------------------------------------------- training
+
+def kl(logits, to):
+    """KL(p || q) (N,) of p = softmax(to), q = softmax(logits)."""
+    return F.kl_div(F.log_softmax(logits, 1), F.log_softmax(to, 1), reduction="none", log_target=True).sum(1)
+
+
+def objective(model, x, y, args, strength):
+    """[A] The loss of a batch, and the logits of which the log tells how many are right. The radius and the
+    step of the attack are multiplied by `strength`, and with it grows the weight of [G] in [I]."""
+    epsilon, step_size = strength * args.epsilon, strength * args.step_size
+    if args.objective == "crown-ibp":
+        layers, share = plain_layers(model), 1 - (1 - args.final_share) * strength
+        boxes = interval_boxes(layers, x, epsilon)
+        margins = (1 - share) * interval_margins(layers, boxes, y)                   # [G]
+        if share > 0:
+            margins = margins + share * crown_margins(layers, boxes, y)              # [H]
+        return F.cross_entropy(-margins, y), -margins                                # [I]
+    model.eval()                                                 # the attack sees fixed batch-norm statistics
+    x_near = x
+    if args.objective == "pgd":
+        x_near = pgd(model, x, y, epsilon, step_size, args.num_steps)
+    elif args.objective == "trades":
+        with torch.no_grad():
+            clean = model(x).float()
+        x_near = pgd(model, x, y, epsilon, step_size, args.num_steps, start=x + 0.001 * torch.randn_like(x),
+                     loss=lambda logits, _: kl(logits, clean))                       # [F]
+    elif args.objective == "smooth":
+        x_near = x + args.sigma * torch.randn_like(x)                                # [J], not clamped
+    model.train()
+    if args.objective in ("natural", "pgd"):
+        logits = model(x_near).float()
+        return F.cross_entropy(logits, y), logits
+    logits, near = model(x).float(), model(x_near).float()
+    return F.cross_entropy(logits, y) + args.beta * kl(near, logits).mean(), near    # [F], [J]
+
+
+def train_epoch(model, batches, optimizer, schedule, args, scores=None, masks=None, strength=lambda i: 1.0):
+    """One epoch of [A]; with scores of [D], with masks of [E]; strength(i) is the objective's at batch i.
+    Returns what is logged: mean loss, per cent right of the logits that the objective judges."""
+    total = right = n = 0
+    for step, (x, y) in enumerate(batches):
+        with autocast(args):
+            loss, logits = objective(model, x, y, args, strength(step))              # [A]
+        total, right, n = total + loss.detach() * len(y), right + (logits.argmax(1) == y).sum(), n + len(y)
+        optimizer.zero_grad()
+        loss.backward()
+        if scores:
+            scores.take_gradients()                                  # [D]
+        optimizer.step()
+        schedule.step()
+        if scores:
+            scores.put_masked_weights()                              # [B]
+        if masks:
+            apply_masks(model, masks)                                # [E]
+    if not math.isfinite(total):
+        raise Fault("the training loss is not finite: training has diverged (try a lower --lr, or --amp off)")
+    return dict(loss=total.item() / n, train_acc=100 * right.item() / n, strength=strength(step))
+
+
+def optimizer_of(module, lr, epochs, data, args):
+    """SGD as in all scripts; Adam for crown-ibp, as in HYDRA's code."""
+    if args.objective != "crown-ibp":
+        return sgd(module, lr, epochs, data, args)
+    steps = max(1, epochs * data.steps(args.batch_size))
+    adam = torch.optim.Adam(module.parameters(), lr, weight_decay=args.weight_decay)
+    return adam, torch.optim.lr_scheduler.OneCycleLR(adam, lr, steps + 1, pct_start=0.2, cycle_momentum=False)
+
+
+def build(artifact):
+    """The network of a model.pt: with the layers' stored sizes; weights loaded strictly."""
+    return resized(build_network(**artifact["network"]), artifact["state"])
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    args = get_args(argv)
+    data = load_data(args)
+    network = network_of(args, data)
+    model = build_network(**network)
+    if args.pretrained:
+        load_pretrained(model, args.pretrained, network)
+    run = Run(args, data, __file__, argv)
+    if run.result:
+        return run.result
+    model = prepare(model, args)
+
+    # Phase 1: a dense robust network; the radius grows in its first epochs.
+    optimizer, schedule = optimizer_of(model, args.lr, args.pretrain_epochs, data, args)
+    for epoch in run.epochs("pretrain", args.pretrain_epochs,
+                            model=model, optimizer=optimizer, schedule=schedule):
+        def strength(step):
+            ramp = args.ramp_epochs * data.steps(args.batch_size)
+            return min(1.0, (epoch * data.steps(args.batch_size) + step + 1) / max(1, ramp))
+        fields = train_epoch(model, run.batches(), optimizer, schedule, args, strength=strength)
+        run.log(epoch=epoch + 1, **fields)
+    run.once("dense", lambda: save_model(run.folder / "dense.pt", "common", network, model, args))
+
+    # Phase 2: HYDRA trains the scores, and the batch norms with them; LWM leaves them as they began.
+    layers = prunable(model, args.scheme)
+    scores = Scores(layers, args.scheme, args.ratio).to(args.device)             # [C]
+    lowest = run.once("lowest", lambda: {name: mask.cpu() for name, mask in scores.masks().items()})
+    epochs = args.prune_epochs if args.scores == "hydra" else 0
+    if epochs and not run.begun("prune"):
+        scores.put_masked_weights()
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    optimizer, schedule = optimizer_of(nn.ModuleList([scores, *norms]), args.prune_lr, epochs, data, args)
+
+    def mask_changed():
+        moved = [(mask.cpu() ^ lowest[name]).sum() for name, mask in scores.masks().items()]
+        return 100 * float(sum(moved)) / sum(mask.numel() for mask in lowest.values())
+    for epoch in run.epochs("prune", epochs,
+                            model=model, optimizer=optimizer, schedule=schedule, scores=scores):
+        fields = train_epoch(model, run.batches(), optimizer, schedule, args, scores)
+        run.log(epoch=epoch + 1, **fields, mask_changed=mask_changed())
+    changed = run.once("changed", mask_changed)
+
+    # Phase 3: the cut, and fine-tuning of what is left.
+    def choose():
+        masks = parameter_masks(model, scores.masks(), filters=args.scheme == "filter")
+        return {name: mask.cpu() for name, mask in masks.items()}
+    masks = {name: mask.to(args.device) for name, mask in run.once("masks", choose).items()}
+    apply_masks(model, masks)                                        # [E]
+    kept = {name: int(mask.sum()) for name, mask in masks.items() if name.endswith("weight")}
+    if args.scheme == "filter":
+        model, masks = remove_filters(model, masks)
+    model, masks = prepare(model, args), {name: mask for name, mask in masks.items() if not mask.all()}
+    epochs = args.finetune_epochs + (args.prune_epochs if args.scores == "lwm" else 0)
+    optimizer, schedule = optimizer_of(model, args.finetune_lr, epochs, data, args)
+    for epoch in run.epochs("finetune", epochs, model=model, optimizer=optimizer, schedule=schedule):
+        fields = train_epoch(model, run.batches(), optimizer, schedule, args, masks=masks)
+        run.log(epoch=epoch + 1, **fields)
+    save_model(run.folder / "model.pt", run.script, network, model, args)
+
+    def judge(found):
+        attack = dict(epsilon=args.epsilon, step_size=args.step_size, num_steps=args.eval_steps,
+                      restarts=args.restarts, seed=args.seed)
+        certified = args.objective == "smooth" and args.certify_images
+        return verify(found, data.test, attack) | (
+            smoothed(found, data.test, len(data.classes), args) if certified else {})
+    return run.finish(judge, kept=kept, mask_changed=changed)
+
+
+if __name__ == "__main__":
+    cli(main)
