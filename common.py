@@ -576,8 +576,13 @@ def sgd(model, lr, epochs, data, args):
     """SGD with Nesterov momentum; the rate rises to lr in a fifth of the steps and falls to 0 as a cosine."""
     opt = torch.optim.SGD(model.parameters(), lr, args.momentum, weight_decay=args.weight_decay,
                           nesterov=args.momentum > 0, fused=True)
-    steps = max(1, epochs * data.steps(args.batch_size))
-    return opt, torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps + 1, pct_start=0.2, cycle_momentum=False)
+    return opt, one_cycle(opt, lr, epochs * data.steps(args.batch_size))
+
+
+def one_cycle(optimizer, lr, steps):
+    """The rate of sgd() for any optimizer; 0.2 of 5 would be one step, by which OneCycleLR would divide."""
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, max(1, steps) + 1, cycle_momentum=False,
+                                               pct_start=0.3 if steps == 4 else 0.2)
 
 
 # ---------------------------------------------------------------- the attack

@@ -44,9 +44,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import (NETWORKS, Fault, Parser, Run, apply_masks, autocast, balanced, batched, build_network,
-                    cli, first_break, interval, judging, largest, load_data, load_pretrained, network_of, number,
-                    parameter_masks, per_cent, pgd, prepare, radius, remove_filters, resized, resolve,
-                    save_model, sgd, to_float, whole)
+                    cli, first_break, interval, judging, largest, load_data, load_pretrained, network_of,
+                    number, one_cycle, parameter_masks, per_cent, pgd, prepare, radius, remove_filters, resized,
+                    resolve, save_model, sgd, to_float, whole)
 
 OBJECTIVES = ("natural", "pgd", "trades", "crown-ibp", "smooth")
 # Ours, for crown-ibp: a network of plain layers, Adam's rate, more epochs for digits; the usual small radii.
@@ -368,7 +368,7 @@ def train_epoch(model, batches, optimizer, schedule, args, scores=None, masks=No
         with autocast(args):
             loss, logits = objective(model, x, y, args, strength(step))              # [A]
         total, right, n = total + loss.detach() * len(y), right + (logits.argmax(1) == y).sum(), n + len(y)
-        optimizer.zero_grad()
+        model.zero_grad()                                            # in [D] the optimizer has no weights
         loss.backward()
         if scores:
             scores.take_gradients()                                  # [D]
@@ -387,9 +387,8 @@ def optimizer_of(module, lr, epochs, data, args):
     """SGD as in all scripts; Adam for crown-ibp, as in HYDRA's code."""
     if args.objective != "crown-ibp":
         return sgd(module, lr, epochs, data, args)
-    steps = max(1, epochs * data.steps(args.batch_size))
     adam = torch.optim.Adam(module.parameters(), lr, weight_decay=args.weight_decay)
-    return adam, torch.optim.lr_scheduler.OneCycleLR(adam, lr, steps + 1, pct_start=0.2, cycle_momentum=False)
+    return adam, one_cycle(adam, lr, epochs * data.steps(args.batch_size))
 
 
 def build(artifact):

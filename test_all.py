@@ -23,6 +23,7 @@ import sys
 import time
 from fractions import Fraction
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -33,9 +34,10 @@ import torch.nn.functional as F
 import admm_prune
 import common
 import cstar
+import hydra_prune
 
 HERE = Path(__file__).parent
-SCRIPTS = [cstar, admm_prune]
+SCRIPTS = [cstar, admm_prune, hydra_prune]
 every_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 SHIPPED = HERE / "results" / "cstar-digits-hull-s0"
 TINY = ("--dataset digits --arch resnet18 --width 1 --train-images 128 --eval-images 40 --batch-size 32 "
@@ -45,7 +47,8 @@ torch.set_num_threads(1)
 
 
 def tiny(folder, *more, script=cstar):
-    return script.main([*TINY, "--output", str(folder), *more])
+    flags = [{"--admm-epochs": "--prune-epochs"}.get(f, f) for f in TINY] if script is hydra_prune else TINY
+    return script.main([*flags, "--output", str(folder), *more])
 
 
 def weights_of(path):
@@ -910,6 +913,346 @@ def test_files_leave_zeros_out_and_give_them_back(tmp_path, shape):
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in weights_of(tmp_path / "sparse.pt").items())
 
 
+# ---------------------------------------------------------------- HYDRA: scores and masks
+
+@pytest.mark.parametrize("scheme", ["irregular", "filter"])
+@pytest.mark.parametrize("ratio", [1, 3, 10, 1e4])
+def test_hydra_masks_are_exact_for_odd_sizes_ties_and_channels_last(scheme, ratio):
+    random = conv_weight(7, 5, 3, 3).float()
+    last = random.to(memory_format=torch.channels_last)
+    for s in (random, last, random[:, :, 0, 0], torch.ones(7, 5, 3, 3), torch.zeros(9, 3), random.round()):
+        mask = hydra_prune.choose_mask(s, scheme, ratio)
+        units = mask.flatten(1).all(1) if scheme == "filter" else mask.flatten()
+        size = s.flatten(1).norm(dim=1) if scheme == "filter" else s.abs().flatten()
+        kept = -(-len(units) // int(ratio))
+        assert mask.dtype == torch.bool and mask.shape == s.shape
+        assert int(units.sum()) == kept and int(mask.sum()) * len(units) == kept * s.numel()
+        assert kept == len(units) or size[units].min() >= size[~units].max()
+        if len(s.unique()) == 1:
+            assert units[:kept].all()
+    with pytest.raises(common.Fault, match="not finite"):
+        hydra_prune.choose_mask(torch.full((3, 3), math.inf), scheme, ratio)
+
+
+def test_hydra_first_scores_are_scaled_weights_and_give_the_lowest_magnitude_mask():
+    w = conv_weight(6, 4, 3, 3)
+    s = hydra_prune.first_score(w)
+    assert s.abs().max().item() == pytest.approx(math.sqrt(6 / 36)) and torch.equal(s.sign(), w.sign())
+    mask = hydra_prune.choose_mask(s, "irregular", 10)
+    assert set(w.abs().flatten().topk(22).indices.tolist()) == set(mask.flatten().nonzero()[:, 0].tolist())
+    assert not hydra_prune.first_score(torch.zeros(3, 2)).any()
+
+
+@pytest.mark.parametrize("scheme", ["irregular", "filter"])
+def test_hydra_gradients_of_scores_and_weights_equal_their_formulas(scheme):
+    torch.manual_seed(0)
+    model = common.build_network("cnn_small", 4, 1, 10, (8, 8)).double()
+    layers = hydra_prune.prunable(model, scheme)
+    assert len(layers) == (4 if scheme == "irregular" else 3)
+    scores = hydra_prune.Scores(layers, scheme, 4)
+    scores.put_masked_weights()
+    x, y = torch.rand(5, 1, 8, 8).double(), torch.arange(5)
+    F.cross_entropy(model(x), y).backward()
+    scores.take_gradients()
+    for i, (s, mask, layer) in enumerate(zip(scores.s, scores.masks().values(), layers.values())):
+        w = getattr(scores, f"w{i}")
+        assert torch.equal(layer.weight, w * mask) and not torch.equal(layer.weight, w)
+        product = (w * mask).requires_grad_()                    # the same network, with w * m as a leaf
+        name = list(layers)[i]
+        out = torch.func.functional_call(model, {f"{name}.weight": product}, x)
+        gradient, = torch.autograd.grad(F.cross_entropy(out, y), product)
+        assert torch.allclose(s.grad, s.sign() * w * gradient) and (s.grad[~mask] != 0).any()
+        assert layer.weight.grad is None
+
+
+def test_hydra_prune_phase_moves_scores_and_batch_norms_alone_and_finetuning_kept_weights_alone():
+    args = hydra_prune.get_args("--dataset digits --num-steps 1 --device cpu --amp off".split())
+    model, x, y = resnet(), torch.rand(16, 1, 8, 8), torch.arange(16) % 10
+    layers = hydra_prune.prunable(model, "irregular")
+    scores = hydra_prune.Scores(layers, "irregular", 5)
+    scores.put_masked_weights()
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = {k: v.clone() for k, v in (scores.state_dict() | model.state_dict()).items()}
+    optimizer = torch.optim.SGD(nn.ModuleList([scores, *norms]).parameters(), 5.0, 0.9)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    hydra_prune.train_epoch(model, [(x, y)] * 3, optimizer, schedule, args, scores)
+    after = scores.state_dict() | model.state_dict()
+    for name in before:
+        moved = not torch.equal(before[name], after[name])
+        weight = re.fullmatch(r"w\d+|linear\.bias", name)
+        assert not moved if weight else moved or "weight" in name, name
+    masks = common.parameter_masks(model, scores.masks(), False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=0.1)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    hydra_prune.train_epoch(model, [(x, y)] * 3, optimizer, schedule, args, masks=masks)
+    for name, mask in masks.items():
+        w = model.state_dict()[name]
+        assert not w[~mask].any() and not torch.equal(w[mask], before[name][mask])
+
+
+def test_hydra_without_pruning_epochs_is_lwm(whole, tmp_path):
+    results = [tiny(tmp_path / name, "--scores", name, "--prune-epochs", "0", script=hydra_prune)
+               for name in ("hydra", "lwm")]
+    assert same_weights(tmp_path / "hydra/model.pt", tmp_path / "lwm/model.pt")
+    assert results[0]["mask_changed"] == 0 and whole(hydra_prune)[1]["mask_changed"] > 0
+    tiny(tmp_path / "longer", "--scores", "lwm", script=hydra_prune)
+    assert [phases_of(tmp_path / name)[0::2] for name in ("lwm", "longer")] == [[2, 2], [2, 4]]
+
+
+@pytest.mark.parametrize("objective", hydra_prune.OBJECTIVES)
+@pytest.mark.parametrize("scheme", ["irregular", "filter"])
+def test_hydra_run_of_every_objective_keeps_its_count_and_writes_a_smaller_file(tmp_path, objective, scheme):
+    result = tiny(tmp_path / "run", "--objective", objective, "--scheme", scheme, "--arch", "cnn_small",
+                  "--width", "8", "--certify-images", "10", "--certify-draws", "100", script=hydra_prune)
+    dense = common.load_model(tmp_path / "run/dense.pt")
+    for name, layer in hydra_prune.prunable(dense, scheme).items():
+        units = layer.weight.numel() if scheme == "irregular" else len(layer.weight)
+        assert result["kept"][f"{name}.weight"] == -(-units // 4) * (layer.weight.numel() // units)
+    assert result["bytes"] < 0.6 * result["dense_bytes"]
+    assert 0 <= result["verified_acc"] <= result["robust_acc"] <= result["clean_acc"]
+    assert ("smoothed" in result) == (objective == "smooth")
+
+
+def test_hydra_objectives_are_their_formulas(digits):
+    model, x, y = resnet(), common.to_float(digits.train[0][:20]), digits.train[1][:20]
+    flags = "--dataset digits --device cpu --num-steps 4 --beta 3 --sigma 0.5 --objective"
+    for name in ("natural", "pgd", "trades", "smooth"):
+        args = hydra_prune.get_args([*flags.split(), name])
+        seen, before = [], copy.deepcopy(model)
+        hook = model.register_forward_pre_hook(lambda m, got: seen.append((m.training, got[0].detach())))
+        torch.manual_seed(1)
+        loss, _ = hydra_prune.objective(model.eval(), x, y, args, 1.0)
+        hook.remove()
+        inputs = [image for training, image in seen if training]
+        torch.manual_seed(1)
+        if name in ("natural", "pgd"):
+            near = x if name == "natural" else common.pgd(before.eval(), x, y, 0.2, 0.05, 4)
+            wanted = F.cross_entropy(model.train()(near), y)
+            assert len(inputs) == 1 and torch.equal(inputs[0], near)
+        else:
+            assert torch.equal(inputs[0], x) and len(inputs) == 2
+            p, q = (F.softmax(model.train()(image), 1) for image in inputs)
+            divergence = (p * (p.log() - q.log())).sum(1).mean()
+            wanted = F.cross_entropy(model(x), y) + 3 * divergence
+        assert torch.allclose(loss, wanted, rtol=1e-4), name
+        distance = (inputs[-1] - x).abs().max()
+        if name == "smooth":                                     # noise that nothing clamps
+            assert inputs[-1].min() < -0.5 and (inputs[-1] - x).std().item() == pytest.approx(0.5, rel=0.1)
+        else:
+            assert distance <= 0.2 + 1e-6 and inputs[-1].min() >= 0 and inputs[-1].max() <= 1
+
+
+def test_hydra_trades_attack_raises_the_divergence(robust, digits):
+    args = hydra_prune.get_args("--dataset digits --device cpu --objective trades".split())
+    x, y = common.to_float(digits.test[0][:60]), digits.test[1][:60]
+    seen = []
+    hook = robust.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    hydra_prune.objective(robust, x, y, args, 1.0)
+    hook.remove()
+    with torch.no_grad():
+        clean = robust.eval()(x)
+        found, noise = (hydra_prune.kl(robust(near), clean).mean() for near in
+                        (seen[-1], (x + 0.2 * torch.randn_like(x).sign()).clamp(0, 1)))
+    assert found > 3 * noise
+
+
+# ---------------------------------------------------------------- HYDRA: bounds
+
+def chain(seed, odd=False):
+    """A small random network of plain layers, its images and labels, in float64."""
+    torch.manual_seed(seed)
+    if odd:                                                      # sizes that a stride does not divide
+        layers = [nn.Conv2d(2, 3, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(3, 4, (2, 3), stride=(2, 1),
+                  padding=(0, 1), dilation=(1, 2)), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3)]
+        x = torch.rand(4, 2, 8, 7)
+    else:
+        layers = [nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 3)]
+        x = torch.rand(4, 6)
+    model = nn.Sequential(*layers)
+    model(x)
+    return model.double(), x.double(), torch.tensor([0, 1, 2, 1])
+
+
+def all_bounds(model, x, y, epsilon):
+    layers = hydra_prune.plain_layers(model)
+    boxes = hydra_prune.interval_boxes(layers, x, epsilon)
+    return dict(ibp=hydra_prune.interval_margins(layers, boxes, y), best=hydra_prune.best_margins(
+        layers, x, y, epsilon), zero=hydra_prune.crown_margins(layers, boxes, y, False),
+        crown=hydra_prune.crown_margins(layers, boxes, y, True))
+
+
+def margins(model, x, y):
+    logits = model(x)
+    return logits.gather(1, y[:, None]) - logits
+
+
+@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_hydra_bounds_contain_samples_corners_and_attacks(odd, seed):
+    model, x, y = chain(seed, odd)
+    generator, found = torch.Generator().manual_seed(seed), margins(model, x, y)
+    bounds = all_bounds(model, x, y, 0.15)
+    for i in range(400):
+        noise = 2 * torch.rand(x.shape, generator=generator, dtype=x.dtype) - 1
+        points = (x + 0.15 * (noise.sign() if i % 2 else noise)).clamp(0, 1)
+        found = torch.minimum(found, margins(model, points, y))
+    for loss in ("ce", "margin"):
+        attacked = common.pgd(model, x, y, 0.15, 0.03, 30, loss=loss, generator=generator)
+        found = torch.minimum(found, margins(model, attacked.double(), y))
+    for bound in bounds.values():
+        assert (bound <= found + 1e-9).all()
+    assert (bounds["zero"] >= bounds["ibp"] - 1e-9).all() and (bounds["best"] >= bounds["crown"]).all()
+    assert (bounds["best"] == torch.stack([bounds[k] for k in ("ibp", "zero", "crown")]).amax(0)).all()
+    exact = margins(model, x, y)
+    assert all(torch.allclose(bound, exact) for bound in all_bounds(model, x, y, 0.0).values())
+    assert (bounds["ibp"] <= all_bounds(model, x, y, 0.1)["ibp"] + 1e-9).all()
+
+
+def test_hydra_bounds_are_exact_for_a_linear_network():
+    w, x, y = conv_weight(3, 5), torch.rand(4, 5).double(), torch.tensor([0, 2, 1, 0])
+    model = linear(w.float())[1:].double()
+    difference = w.float().double()[y][:, None] - w.float().double()
+    lower, upper = (x - 0.3).clamp(min=0), (x + 0.3).clamp(max=1)
+    worst = torch.where(difference > 0, lower[:, None], upper[:, None])
+    for bound in all_bounds(model, x, y, 0.3).values():
+        assert torch.allclose(bound, (difference * worst).sum(2), atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_hydra_bounds_never_exceed_the_exact_margin_of_a_mixed_integer_program(seed):
+    optimize = pytest.importorskip("scipy.optimize")
+    model, x, y = chain(seed)
+    x, y, epsilon = x[:1], y[:1], 0.2
+    layers = hydra_prune.plain_layers(model)
+    boxes = [(low[0].detach().numpy(), up[0].detach().numpy())
+             for low, up in hydra_prune.interval_boxes(layers, x, epsilon)]
+    w1, w2, w3 = (layers[i].weight.detach().numpy() for i in (0, 2, 4))
+    b1, b2, b3 = (layers[i].bias.detach().numpy() for i in (0, 2, 4))
+    n, (h1, h2) = 6 + 24 + 24, (slice(6, 18), slice(30, 42))     # x, h1, its switches, h2, its switches
+    rows, lows, highs = [], [], []
+    for w, b, source, h, (low, up) in ((w1, b1, slice(0, 6), 6, boxes[1]), (w2, b2, h1, 30, boxes[3])):
+        for i in range(12):
+            def row(h_factor, w_factor, switch, least, most):
+                line = np.zeros(n)
+                line[h + i], line[h + 12 + i] = h_factor, switch
+                line[source] += w_factor * w[i]
+                rows.append(line), lows.append(least), highs.append(most)
+            row(1, -1, 0, b[i], np.inf)                          # h >= z = w x + b
+            row(1, -1, -min(low[i], 0), -np.inf, b[i] - min(low[i], 0))      # h <= z - low (1 - switch)
+            row(1, 0, -max(up[i], 0), -np.inf, 0)                # h <= up * switch
+    bounds = optimize.Bounds(
+        np.r_[boxes[0][0], np.zeros(48)],
+        np.r_[boxes[0][1], np.maximum(boxes[1][1], 0), np.ones(12), np.maximum(boxes[3][1], 0), np.ones(12)])
+    whole_numbers = np.r_[np.zeros(18), np.ones(12), np.zeros(12), np.ones(12)]
+    ours = all_bounds(model, x, y, epsilon)
+    points = (x + epsilon * (2 * torch.rand(5000, 6).double() - 1)).clamp(0, 1)
+    sampled = margins(model, points, y.expand(5000)).amin(0)
+    for j in set(range(3)) - {int(y)}:
+        c = np.zeros(n)
+        c[h2] = w3[int(y)] - w3[j]
+        solved = optimize.milp(c, constraints=optimize.LinearConstraint(np.array(rows), lows, highs),
+                               bounds=bounds, integrality=whole_numbers)
+        exact = solved.fun + b3[int(y)] - b3[j]
+        assert all(bound[0, j] <= exact + 1e-5 for bound in ours.values()) and exact <= sampled[j] + 1e-5
+
+
+def test_hydra_bounds_do_not_depend_on_other_images_and_are_those_of_the_file(tmp_path):
+    result = tiny(tmp_path / "run", "--objective", "crown-ibp", "--arch", "cnn_small", "--width", "4",
+                  script=hydra_prune)
+    model = common.load_model(tmp_path / "run/model.pt").double()
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(6, 1, 8, 8, generator=generator).double(), torch.arange(6)
+    x = 0.5 + 0.02 * x                                           # of low contrast
+    together, layers = all_bounds(model, x, y, 0.05)["best"], hydra_prune.plain_layers(model)
+    mixed = torch.cat([x, torch.rand(3, 1, 8, 8).double().round()])
+    for other in (torch.cat([all_bounds(model, x[i:i + 1], y[i:i + 1], 0.05)["best"] for i in range(6)]),
+                  all_bounds(model, mixed, torch.arange(9), 0.05)["best"][:6]):
+        assert torch.allclose(together, other, atol=1e-12)
+    boxes = hydra_prune.interval_boxes(layers, x, 0.6)
+    assert boxes[0][0].min() == 0 and boxes[0][1].max() == 1     # of the pixels, not of the batch
+    dense = common.build_network("cnn_small", 4, 1, 10, (8, 8)).double()
+    dense.load_state_dict(model.state_dict())
+    assert torch.equal(all_bounds(dense, x, y, 0.05)["best"], together)
+    assert result["verified_ci"][0] <= result["verified_acc"] <= result["verified_ci"][1]
+
+
+def test_hydra_bounds_of_unknown_layers_are_refused():
+    for odd in (nn.BatchNorm2d(3), nn.MaxPool2d(2), nn.Dropout(), nn.Conv2d(3, 3, 3, padding="same"),
+                nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular")):
+        with pytest.raises(common.Fault, match="no bounds are known"):
+            hydra_prune.plain_layers(nn.Sequential(odd, nn.Flatten(), nn.Linear(12, 2)))
+    with pytest.raises(common.Fault, match="does not end"):
+        hydra_prune.plain_layers(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
+    assert hydra_prune.verify(resnet(), None, {}) == {}
+
+
+def test_hydra_a_bound_that_is_wrong_is_noticed(standard, digits, monkeypatch):
+    torch.manual_seed(0)
+    model = common.build_network("cnn_small", 4, 1, 10, (8, 8))
+    attack = dict(epsilon=0.2, step_size=0.05, num_steps=10, restarts=1, seed=0)
+    images = [t[:40] for t in digits.test]
+    assert hydra_prune.verify(model, images, attack)["verified_acc"] <= 20
+    monkeypatch.setattr(hydra_prune, "best_margins", lambda layers, x, y, epsilon: torch.ones(len(x), 10))
+    with pytest.raises(common.Fault, match="not sound"):
+        hydra_prune.verify(model, images, attack)
+
+
+def test_hydra_crown_ibp_loss_mixes_both_bounds_and_reaches_the_scores():
+    model, x, y = chain(0)
+    flags = "--dataset digits --objective crown-ibp --final-share 0.25 --device cpu"
+    args = hydra_prune.get_args(flags.split())
+    assert args.epsilon == 0.02 and args.arch == "cnn_small" and not args.amp
+    for strength, share in ((0.0, 1.0), (0.5, 0.625), (1.0, 0.25)):
+        loss, logits = hydra_prune.objective(model, x, y, args, strength)
+        bounds = all_bounds(model, x, y, 0.02 * strength)
+        mixed = share * bounds["crown"] + (1 - share) * bounds["ibp"]
+        assert torch.allclose(logits, -mixed) and torch.allclose(loss, F.cross_entropy(-mixed, y))
+    with torch.no_grad():
+        worst = margins(model, (x + 0.02 * torch.randn_like(x).sign()).clamp(0, 1), y)
+    assert F.cross_entropy(-worst, y) <= loss
+    scores = hydra_prune.Scores(hydra_prune.prunable(model, "irregular"), "irregular", 2)
+    scores.put_masked_weights()
+    hydra_prune.objective(model, x, y, args, 0.5)[0].backward()
+    scores.take_gradients()
+    assert all(s.grad.abs().sum() > 0 for s in scores.s)
+
+
+# ---------------------------------------------------------------- HYDRA: smoothing
+
+def test_hydra_clopper_pearson_equals_scipy():
+    beta = pytest.importorskip("scipy.stats").beta
+    for n, alpha in ((10, 0.05), (100, 0.001), (10000, 0.001), (100000, 0.01)):
+        for count in sorted({0, 1, n // 3, n // 2, n - 1, n}):
+            theirs = beta.ppf(alpha, count, n - count + 1) if count else 0.0
+            assert hydra_prune.clopper_pearson(count, n, alpha) == pytest.approx(theirs, abs=1e-9)
+
+
+def test_hydra_certified_radius_of_a_linear_classifier_is_below_the_true_distance():
+    w = torch.zeros(2, 4)
+    w[1, 0] = 1.0
+    model = linear(w)
+    model[1].bias.data = torch.tensor([0.4, 0.0])                # class 1 where x_0 > 0.4
+    image = torch.tensor([0.7, 0.1, 0.2, 0.9]).view(1, 2, 2)     # at distance 0.3
+    label, r = hydra_prune.certify(model, image, torch.Generator().manual_seed(0), sigma=0.25, draws=20000,
+                                   classes=2)
+    assert label == 1 and 0.27 < r < 0.3
+    image[0, 0, 0] = 0.4                                         # on the plane: it must abstain
+    assert hydra_prune.certify(model, image, torch.Generator().manual_seed(0), sigma=0.25, draws=2000,
+                               classes=2) == (None, 0.0)
+
+
+def test_hydra_smoothed_curve_falls_and_counts_what_abstains_as_wrong(robust, digits):
+    flags = "--dataset digits --device cpu --certify-images 20 --certify-draws 200"
+    args = hydra_prune.get_args(flags.split())
+    said = hydra_prune.smoothed(robust, digits.test, 10, args)["smoothed"]
+    curve = list(said["curve"].values())
+    assert curve == sorted(curve, reverse=True) and said["images"] == 20 and len(curve) > 3
+    assert curve[0] <= 100 - 100 * said["abstained"] / 20
+    ceiling = 0.25 * NormalDist().inv_cdf(0.001 ** (1 / 200))
+    assert float(list(said["curve"])[-1]) <= ceiling
+
+
 # ---------------------------------------------------------------- runs end to end
 
 def test_cstar_run_writes_a_smaller_file_that_is_what_it_reports(finished, digits):
@@ -1034,6 +1377,18 @@ def test_a_forked_script_in_another_folder_makes_files_of_its_own(tmp_path):
     result = json.loads((tmp_path / "there/result.json").read_text())
     assert again["script"] == result["script"] == "mine" and again["clean_acc"] == result["clean_acc"]
     assert again["robust_acc"] == result["robust_acc"] and again["attack"] == result["attack"]
+
+
+@pytest.mark.parametrize("more", [
+    "--scores lwm", "--objective trades", "--objective trades --beta 1",
+    "--objective smooth --certify-images 0",
+    "--objective smooth --certify-images 0 --sigma 0.5", "--scheme filter", "--ratio 3", "--prune-lr 1",
+    "--finetune-lr 0.001", "--ramp-epochs 2", "--prune-epochs 1", "--objective natural",
+    "--objective crown-ibp --arch cnn_small", "--objective crown-ibp --arch cnn_small --final-share 1"])
+def test_hydra_flags_do_something(whole, tmp_path, more):
+    tiny(tmp_path / "run", *more.split(), script=hydra_prune)
+    before = more.split()[:-2] if len(more.split()) > 4 or "--beta" in more else []
+    assert not same_weights(whole(hydra_prune, *before)[0] / "model.pt", tmp_path / "run/model.pt")
 
 
 @pytest.mark.parametrize("sent, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -1201,6 +1556,18 @@ def test_disk_that_is_full_keeps_the_file_before(tmp_path, monkeypatch):
     with pytest.raises(common.Fault, match="No space left.*MiB are free"):
         common.save_file(tmp_path / "f.pt", dict(format=1, a=2))
     assert common.read_file(tmp_path / "f.pt", "a")["a"] == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("steps", range(1, 12))
+def test_rate_rises_and_falls_over_any_number_of_steps(steps):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0)
+    schedule, rates = common.one_cycle(optimizer, 1.0, steps), []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    peak = rates.index(max(rates))
+    assert rates == sorted(rates[:peak]) + sorted(rates[peak:], reverse=True) and 0.02 < max(rates) <= 1
 
 
 def test_diverged_training_stops_with_a_sentence(tmp_path, monkeypatch):
