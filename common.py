@@ -1220,7 +1220,8 @@ def compare_command(args):
     for folder in args.folders:
         try:
             run = json.loads((Path(folder) / "result.json").read_text()) | {"folder": folder}
-            same = {k: show(v) for k, v in run["args"].items() if k not in ("seed", "pretrained")}
+            same = {k: show(v) for k, v in run["args"].items()
+                    if k not in ("seed", "pretrained", "ticket")}
             rows.setdefault(json.dumps(same | {"script": run["script"]}, sort_keys=True), []).append(run)
         except (OSError, ValueError, KeyError, TypeError) as fault:
             print(f"left out: {folder} holds no readable result.json ({fault})", file=sys.stderr)
@@ -1238,8 +1239,11 @@ def compare_command(args):
         middle, low, high = (f"{f(values):,.{digits}f}" for f in (statistics.mean, min, max))
         return middle if low == high else f"{middle} ({low} to {high})"
 
-    heads = ("run", "dense clean, robust %", "clean %", "robust %", "95 % interval", "bytes", "bytes x",
-             "params x", "MACs x", "batch 1 ms", "dense ms", "flags", "folder")
+    heads = ["run", "dense clean, robust %", "clean %", "robust %", "95 % interval", "bytes", "bytes x",
+             "params x", "MACs x", "batch 1 ms", "dense ms", "flags", "folder"]
+    verified = any("verified_acc" in run for row in rows.values() for run in row)
+    if verified:
+        heads[4:4] = ["verified %", "dense verified %"]
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for same, runs in zip(sets, rows.values()):
         cells = [" ".join([same["script"], *(f"{k}={same.get(k)}" for k in told if k != "script")]),
@@ -1251,6 +1255,10 @@ def compare_command(args):
                  mean(runs, "latency_ms", "batch_1", "dense"),
                  "; ".join(sorted({flag for run in runs for flag in run["flags"]})) or "none",
                  " ".join(run["folder"] for run in runs)]
+        if verified:
+            known = all("verified_acc" in run for run in runs)
+            cells[4:4] = ([mean(runs, "verified_acc"), mean(runs, "dense", "verified_acc")] if known
+                          else ["not known"] * 2)
         print("| " + " | ".join(cells) + " |")
     if args.plot:
         if not importlib.util.find_spec("matplotlib") or not args.plot.endswith((".png", ".pdf", ".svg")):

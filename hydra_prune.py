@@ -45,8 +45,8 @@ import torch.nn.functional as F
 
 from common import (NETWORKS, Fault, Parser, Run, apply_masks, autocast, balanced, batched, build_network,
                     cli, first_break, interval, judging, largest, load_data, load_pretrained, network_of,
-                    number, one_cycle, parameter_masks, per_cent, pgd, prepare, radius, remove_filters, resized,
-                    resolve, save_model, sgd, to_float, whole)
+                    number, one_cycle, parameter_masks, per_cent, pgd, prepare, radius, remove_filters,
+                    resized, resolve, save_model, sgd, to_float, whole)
 
 OBJECTIVES = ("natural", "pgd", "trades", "crown-ibp", "smooth")
 # Ours, for crown-ibp: a network of plain layers, Adam's rate, more epochs for digits; the usual small radii.
