@@ -43,7 +43,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (NETWORKS, Fault, Parser, Run, apply_masks, autocast, balanced, batched, build_network,
+from common import (NETWORKS, Fault, Parser, Run, apply_masks, autocast, balanced, build_network,
                     cli, first_break, interval, judging, largest, load_data, load_pretrained, network_of,
                     number, one_cycle, parameter_masks, per_cent, pgd, prepare, radius, remove_filters,
                     resized, resolve, save_model, sgd, to_float, whole)
@@ -263,8 +263,9 @@ def verify(model, images, attack):
         return {}
     with judging(model, seed=attack["seed"]) as generator:
         model.double()
-        verified = torch.cat([(best_margins(layers, x.double(), y, attack["epsilon"]).scatter(
-            1, y[:, None], math.inf) > 0).all(1) for x, y in batched(*images)])
+        verified = [(best_margins(layers, to_float(x).double(), y, attack["epsilon"]).scatter(
+            1, y[:, None], math.inf) > 0).all(1) for x, y in zip(images[0].split(50), images[1].split(50))]
+        verified = torch.cat(verified)                               # 50: [H] holds every layer once a class
         model.float()
         chosen, settings = tuple(t[verified] for t in images), dict(attack)
         del settings["seed"]

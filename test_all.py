@@ -875,9 +875,11 @@ def test_admm_ticket_is_the_initial_network_cut_like_the_pruned_one(whole, tmp_p
         admm_prune.main([*flags, "--ratio", "2"])
 
 
-def test_admm_radius_ramps_up_over_the_first_epochs(tmp_path):
-    tiny(tmp_path / "run", "--ramp-epochs", "2", "--pretrain-epochs", "3", script=admm_prune)
+def test_admm_radius_ramps_up_and_updates_come_at_their_interval(tmp_path):
+    tiny(tmp_path / "run", *"--ramp-epochs 2 --pretrain-epochs 3 --admm-epochs 5 --admm-interval 2".split(),
+         script=admm_prune)
     lines = [json.loads(line) for line in open(tmp_path / "run/log.jsonl")]
+    assert ["residual" in line for line in lines if line.get("phase") == "admm"] == [0, 1, 0, 1, 0]
     assert [line["strength"] for line in lines if line.get("phase") == "pretrain"] == [0.5, 1, 1]
     seen, args = [], cstar.get_args("--dataset digits --device cpu --amp off --num-steps 3".split())
     model = resnet()
@@ -1119,6 +1121,22 @@ def test_hydra_bounds_are_exact_for_a_linear_network():
         assert torch.allclose(bound, (difference * worst).sum(2), atol=1e-12)
 
 
+@pytest.mark.parametrize("low, high", [(-0.3, 0.5), (-0.6, 0.2), (0.1, 0.4), (-0.5, -0.1), (0.0, 0.3)])
+def test_hydra_bounds_of_one_neuron_are_exact(low, high):
+    """f_0 - f_1 = c relu(z), z in [low, high]: the line above is reached at both ends, slope 0 at z < 0."""
+    for c in (-2.0, 3.0):
+        model = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 2)).double()
+        model.load_state_dict({k: torch.tensor(v).double() for k, v in {
+            "0.weight": [[1.0]], "0.bias": [-0.5], "2.weight": [[c], [0.0]], "2.bias": [0.7, 0.0]}.items()})
+        x = torch.tensor([[0.5 + (low + high) / 2]]).double()
+        bounds = all_bounds(model, x, torch.tensor([0]), (high - low) / 2)
+        exact = 0.7 + min(c * max(low, 0), c * max(high, 0))
+        assert [bounds[k][0, 1].item() for k in ("zero", "ibp")] == pytest.approx([exact] * 2, abs=1e-6)
+        below = low if low < 0 < high and high > -low else max(low, 0)       # slope 1 where high is larger
+        wanted = exact if c < 0 else 0.7 + c * below
+        assert bounds["crown"][0, 1].item() == pytest.approx(wanted, abs=1e-6)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_hydra_bounds_never_exceed_the_exact_margin_of_a_mixed_integer_program(seed):
     optimize = pytest.importorskip("scipy.optimize")
@@ -1287,7 +1305,8 @@ class Stop(Exception):
 @pytest.mark.parametrize("saves", range(1, 10))
 def test_resume_equals_the_uninterrupted_run_bit_for_bit(whole, tmp_path, monkeypatch, script, saves):
     """Stopped right after the n-th checkpoint: before, within and at the end of each of the three phases."""
-    finished, save, count = whole(script), common.Run.save, itertools.count(1)
+    more = ("--rho-growth", "2") if script is admm_prune else ()
+    finished, save, count = whole(script, *more), common.Run.save, itertools.count(1)
 
     def stopping(run, *args):
         save(run, *args)
@@ -1295,10 +1314,10 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(whole, tmp_path, monkey
             raise Stop
     monkeypatch.setattr(common.Run, "save", stopping)
     with pytest.raises(Stop):
-        tiny(tmp_path / "run", script=script)
+        tiny(tmp_path / "run", *more, script=script)
     monkeypatch.undo()
     torch.manual_seed(12345)                                     # whatever came between
-    tiny(tmp_path / "run", "--resume", script=script)
+    tiny(tmp_path / "run", *more, "--resume", script=script)
     assert same_weights(finished[0] / "model.pt", tmp_path / "run/model.pt")
     assert same_weights(finished[0] / "dense.pt", tmp_path / "run/dense.pt")
     lines = [[{k: v for k, v in json.loads(line).items() if k not in ("seconds", "output")}
