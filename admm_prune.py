@@ -9,7 +9,7 @@ and let ADMM pull the weights towards sparse ones, so that the final cut costs l
   [A]  min_W  E max_{|d| <= epsilon} loss(f_W(x + d), y)    s.t. W_l = Z_l in S_l              Eq. (2), (3)
   [B]  S_l: at most ceil(n_l / ratio) of layer l's n_l filters, columns or weights are not zero    Sec. 3.1
   [C]  project(V): the units of largest norm stay as they are, the others become zero              Sec. 3.1
-  [D]  W <- SGD on  loss(f_W(x_adv), y) + rho/2 sum_l ||W_l - Z_l + U_l||^2                         Eq. (8)
+  [D]  W <- SGD (the paper: Adam) on  loss(f_W(x_adv), y) + rho/2 sum_l ||W_l - Z_l + U_l||^2       Eq. (8)
   [E]  Z <- project(W + U)                                                                         Eq. (10)
   [F]  U <- U + W - Z                                                    Algorithm 1, in its scaled form
   [G]  W <- project(W), the pruned stay zero; then trained on like [A], with a fresh optimizer
@@ -17,15 +17,15 @@ A column is one of the matrix (filters, C k k): a position (c, y, x) in all filt
 
 What is whose. The problem, [A] to [E] and pruning every layer alike are the paper's. Its classifier stays
 whole in the authors' code, from which [G] comes too. The paper prints [F] as U + rho (W - Z), which does not
-agree with its (8) and (10); this is the form that does, and the one of the code. Ours: the rule for rho, the
-epochs, that bias and batch norm of a dead filter die with it and that it leaves the network, and
+agree with its (8) and (10); this is the form that does, and the one of the code. Ours: the rule for rho, all
+schedules, that bias and batch norm of a dead filter die with it and that it leaves the network, and
 --group-residual. In the authors' code U keeps a graph, so that after m updates the penalty pulls 1 + m times
 as hard as [D]: a rho of the paper is weaker here.
 
   python admm_prune.py --dataset digits                two minutes on two CPU cores, no network
   python admm_prune.py --arch resnet18 --target-width 4                 CIFAR-10, 16 -> 4, for a GPU
   python admm_prune.py --arch resnet18 --target-width 4 --pretrain-epochs 300 --admm-epochs 270
-      --admm-interval 9 --finetune-epochs 300 --batch-size 128 --rho 1e-3       the paper's length, K, rho
+      --admm-interval 9 --finetune-epochs 300 --batch-size 128 --rho 1e-3      300 epochs, K = 30, its rho
 The paper, clean / PGD-10 robust % (Table 4): ResNet-18 of width 16 82.71 / 49.31, of width 4 from scratch
 77.35 / 44.99, pruned 16 -> 4 78.85 / 47.19. Table 2, MNIST, PGD-40: width 8 98.85 / 93.51, 4 98.15 / 91.38,
 8 -> 4 98.87 / 94.27. What we measured is in README.md.
@@ -73,12 +73,12 @@ def get_args(argv=None):
     attack.add_argument("--epsilon", type=radius, help="radius, such as 8/255")
     attack.add_argument("--step-size", type=radius)
     attack.add_argument("--num-steps", type=whole(0, 10000), help="PGD steps in training")
-    attack.add_argument("--ramp-epochs", type=whole(0, 10000), help="epochs over which the radius grows")
+    attack.add_argument("--ramp-epochs", type=whole(0, 10000), help="first epochs, in which the radius grows")
     attack.add_argument("--eval-steps", type=whole(1, 10000), default=50, help="PGD steps in evaluation")
     attack.add_argument("--restarts", type=whole(1, 1000), default=5, help="random starts in evaluation")
     paper = parser.add_argument_group("ADMM pruning")
     paper.add_argument("--mode", choices=MODES, default="admm", help="the method or a baseline")
-    paper.add_argument("--ticket", help="for --mode ticket: the ticket.pt of a pruning run")
+    paper.add_argument("--ticket", help="ticket.pt of a --mode admm run that pre-trained")
     paper.add_argument("--scheme", choices=("filter", "column", "irregular"), default="filter")
     paper.add_argument("--ratio", type=number(1, 10000), help="units, all / kept in each layer (default: 4)")
     paper.add_argument("--target-width", type=whole(1, 64), help="instead: the ratio is width / target width")
@@ -101,10 +101,15 @@ def get_args(argv=None):
         parser.error(f"argument --pretrained: not with --mode {args.mode}, which trains from initial weights")
     if (args.mode == "ticket") != bool(args.ticket):
         parser.error("argument --ticket: a ticket.pt goes with --mode ticket, and with no other")
-    if args.group_residual and (args.scheme != "filter" or args.arch not in ("resnet18", "wrn28_4")):
-        parser.error("argument --group-residual: is for --scheme filter of resnet18 and wrn28_4")
+    if args.group_residual and (args.scheme != "filter" or args.arch not in ("resnet18", "wrn28_4")
+                                or args.mode in ("scratch", "ticket")):
+        parser.error("argument --group-residual: is for pruning filters of resnet18 and wrn28_4")
+    if args.rho_growth > 1 and args.rho and args.rho > args.rho_max:
+        parser.error(f"argument --rho-growth: --rho is beyond --rho-max, {args.rho_max:g}, from the start")
     if 0 < args.admm_epochs < args.admm_interval and args.mode == "admm":
         parser.error(f"argument --admm-interval: {args.admm_interval} is more than --admm-epochs")
+    phases = MODES[args.mode](args.pretrain_epochs, args.admm_epochs, args.finetune_epochs)
+    args.ramp_epochs = min(args.ramp_epochs, phases[2] if args.mode == "ticket" else phases[0])
     return args
 
 
@@ -236,7 +241,10 @@ def read_ticket(args, network):
     if not Path(args.ticket).is_file() or not Path(args.ticket).with_name("dense.pt").is_file():
         raise UsageFault(f"argument --ticket: there is no file {args.ticket}, or no dense.pt beside it")
     ticket, made = read_model(args.ticket)[0], dict(network=network, scheme=args.scheme, ratio=args.ratio)
-    if {k: ticket.get(k) for k in made} != made or "masks" not in ticket:
+    shapes = {name: mask.shape for name, mask in ticket.get("masks", {}).items()}
+    fits = shapes and all(name in ticket["state"] and ticket["state"][name].shape == shape
+                          for name, shape in shapes.items())
+    if {k: ticket.get(k) for k in made} != made or not fits:
         raise UsageFault(f"argument --ticket: {args.ticket} is not a ticket of {made}")
     return ticket
 
@@ -291,7 +299,7 @@ def main(argv=None):
             fields["rho"] = admm.rho
             fields["residual"], fields["mask_changed"] = admm.update()
         run.log(epoch=epoch + 1, **fields)
-    if len(admm.residuals) > 1 and admm.residuals[-1] == max(admm.residuals):
+    if admm.residuals and admm.residuals[0] < admm.residuals[-1] == max(admm.residuals):
         run.log(note="the residual grew: ADMM did not converge; more --admm-epochs or another --rho may help")
 
     # Phase 3: the cut, and fine-tuning of what is left.
@@ -322,7 +330,7 @@ def main(argv=None):
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, masks=masks, strength=power)
         run.log(epoch=epoch + 1, **fields)
     save_model(run.folder / "model.pt", run.script, network, model, args)
-    return run.finish(kept=kept, rho=rho)
+    return run.finish(kept=kept, rho=rho if phases[1] else None)
 
 
 if __name__ == "__main__":

@@ -420,17 +420,17 @@ class LeNet(nn.Module):
 
 
 class CNN(nn.Sequential):
-    """HYDRA's networks for verifiable training: convolutions (channels in units of the width over 16, kernel,
-    stride), ReLU and linear layers, and nothing else, so that bounds can be propagated through them."""
+    """HYDRA's networks for verifiable training: convolutions (channels at width 16, kernel, stride), ReLU and
+    linear layers, and nothing else, so that bounds can be propagated through them."""
     def __init__(self, width, channels, classes, size, convs, linear):
         layers, (h, w) = [], size
         for c, kernel, stride in convs:
-            layers += [nn.Conv2d(channels, c * width // 16, kernel, stride, padding=1), nn.ReLU()]
-            channels, h, w = c * width // 16, (h + 2 - kernel) // stride + 1, (w + 2 - kernel) // stride + 1
+            layers += [nn.Conv2d(channels, -(-c * width // 16), kernel, stride, padding=1), nn.ReLU()]
+            channels, h, w = layers[-2].out_channels, *((n + 2 - kernel) // stride + 1 for n in (h, w))
         layers, units = [*layers, nn.Flatten()], channels * h * w
         for n in linear:
-            layers += [nn.Linear(units, n * width // 16), nn.ReLU()]
-            units = n * width // 16
+            layers += [nn.Linear(units, -(-n * width // 16)), nn.ReLU()]
+            units = layers[-2].out_features
         super().__init__(*layers, nn.Linear(units, classes))
 
 
@@ -722,12 +722,13 @@ def batched(images, labels, *more):
 
 
 def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=1, loss="ce", random_start=True,
-             eot=10, seed=0):
+             eot=10, seed=0, more=None):
     """Clean and robust accuracy in per cent over images = (uint8 (N, C, H, W), labels (N,)), in float32.
 
     Robust is an image whose clean form and whose every iterate of every restart are classified correctly. A
     random network instead gets gradients averaged over `eot` passes, the verdict on the last iterate, the
-    mean over 10 draws and the worst restart. Returns a dict: accuracies, 95 % intervals, images, attack."""
+    mean over 10 draws and the worst restart. Returns a dict: accuracies, 95 % intervals, images, attack, and
+    what more(model, robust) adds, robust (N,) being the verdict on each image."""
     attack = dict(epsilon=epsilon, step_size=step_size, num_steps=num_steps, restarts=restarts, loss=loss,
                   random_start=random_start)
     with judging(model, seed=seed) as generator:
@@ -742,8 +743,9 @@ def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=1, loss="
             robust = torch.stack([torch.cat([draws(pgd(
                 model, x, y, epsilon, step_size, num_steps, loss=loss, eot=eot, random_start=random_start,
                 generator=generator), y) for x, y in batched(*images)]) for _ in range(restarts)]).amin(0)
+    said = more(model, robust) if more else {}
     n, clean, robust = len(clean), per_cent(clean), per_cent(robust)
-    return dict(clean_acc=clean, clean_ci=interval(clean, n), robust_acc=robust,
+    return dict(clean_acc=clean, clean_ci=interval(clean, n), robust_acc=robust, **said,
                 robust_ci=interval(robust, n), images=n, attack=dict(norm="l_inf", **attack, seed=seed))
 
 
@@ -923,8 +925,8 @@ def unpacked(artifact):
             kept = part.repeat(size // count)
         taken, values = values.split([int(kept.sum()), len(values) - int(kept.sum())])
         state[name] = torch.zeros(size, dtype=values.dtype).masked_scatter_(kept, taken).view(shape)
-    if len(values):
-        raise ValueError(f"{len(values)} values too many")
+    if len(values) or forms and len(bits) > 7:
+        raise ValueError(f"{len(values)} values too many, or bits")
     return state | {name: torch.tensor(count) for name, count in artifact["counters"].items()}
 
 
@@ -935,13 +937,17 @@ def read_model(path):
     script, folder = str(artifact["script"]), Path(__file__).resolve().parent
     if not script.isidentifier() or not (folder / f"{script}.py").is_file():
         raise Fault(f"{path} was made by a script named {script}, which is not beside common.py")
-    if not artifact["values"].isfinite().all():
-        raise Fault(f"{path} holds weights that are not finite")
     sys.path.insert(0, str(folder))                       # common.py may be imported from elsewhere
     try:
-        artifact["state"] = unpacked(artifact)
-        return artifact, importlib.import_module(script).build(artifact).eval()
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as fault:
+        if not artifact["values"].isfinite().all():
+            raise ValueError("weights are not finite")
+        artifact["state"], network = unpacked(artifact), artifact["network"]
+        model = importlib.import_module(script).build(artifact).eval()
+        with torch.no_grad():
+            if model(torch.zeros(1, network["channels"], *network["size"])).shape != (1, network["classes"]):
+                raise ValueError("wrong number of classes")
+        return artifact, model
+    except (LookupError, ArithmeticError, TypeError, ValueError, AttributeError, RuntimeError) as fault:
         raise Fault(f"{path} does not fit the network it names ({first_line(fault)})") from None
     finally:
         sys.path.remove(str(folder))
@@ -1015,7 +1021,8 @@ class Run:
         if last.is_file():
             self.saved = read_file(last, "script", "args", "phase", "epoch", "states", "memo", "seconds",
                                    "random", "log_size")
-            judged = {k: self.flags[k] for k in ("eval_images", "eval_steps", "restarts")}    # so may these
+            judging = "eval_images", "eval_steps", "restarts", "certify_images", "certify_draws"
+            judged = {k: self.flags[k] for k in judging if k in self.flags}               # so may these
             changed = {k: v for k, v in judged.items() if self.saved["args"].get(k) != v}
             before = self.saved["args"] | judged
             self.check(before, self.saved["script"], "not finished; --resume continues it")
@@ -1110,16 +1117,15 @@ class Run:
         return progress(self.data.batches(size, self.generator), self.label, self.data.steps(size))
 
     def finish(self, judge=None, **more):
-        """Reads dense.pt and model.pt back from disk, judges both, writes and returns result.json; what
-        judge(model) gives is added to what is said of each."""
+        """Reads dense.pt and model.pt back from disk, judges both (judge is evaluate's `more`), writes and
+        returns result.json."""
         self.phase, self.begin, args, device = "final", time.time(), self.args, self.args.device
         attack = dict(epsilon=args.epsilon, step_size=args.step_size, num_steps=args.eval_steps,
                       seed=args.seed)
         files = [self.folder / "dense.pt", self.folder / "model.pt"]
         (artifact, dense), (_, compact) = map(read_model, files)
         models = [m.to(device, memory_format=torch.channels_last) for m in (dense, compact)]
-        judged = [evaluate(m, self.data.test, restarts=args.restarts, **attack) for m in models]
-        judged = [said | judge(m) if judge else said for said, m in zip(judged, models)]
+        judged = [evaluate(m, self.data.test, restarts=args.restarts, more=judge, **attack) for m in models]
         network, flags = artifact["network"], sanity_flags(compact, self.data.test, **attack)
         size, macs = [file.stat().st_size for file in files], [count_macs(m, network) for m in models]
         count = [sum(p.numel() for p in m.parameters()) for m in models]
@@ -1139,9 +1145,11 @@ class Run:
                         for b in (1, 128)},
             memory_bytes=peak_memory(),
             gpu_memory_bytes=None if device == "cpu" else torch.cuda.max_memory_allocated(device), **more)
-        shown = "clean_acc robust_acc images params_ratio bytes_ratio bytes dense_bytes macs_ratio".split()
-        self.log(**{k: self.result[k] for k in shown}, dense_clean_acc=judged[0]["clean_acc"],
-                 dense_robust_acc=judged[0]["robust_acc"], flags="; ".join(flags) or "none")
+        shown = ("clean_acc", "robust_acc", "verified_acc", "images", "params_ratio", "bytes_ratio", "bytes",
+                 "dense_bytes", "macs_ratio")
+        self.log(**{k: self.result[k] for k in shown if k in self.result},
+                 dense_clean_acc=judged[0]["clean_acc"], dense_robust_acc=judged[0]["robust_acc"],
+                 flags="; ".join(flags) or "none")
         temporary = self.folder / "result.json.tmp"
         temporary.write_text(json.dumps(self.result, indent=1) + "\n")
         os.replace(temporary, self.folder / "result.json")
@@ -1220,6 +1228,7 @@ def compare_command(args):
     for folder in args.folders:
         try:
             run = json.loads((Path(folder) / "result.json").read_text()) | {"folder": folder}
+            run["nonzeros_ratio"] = run["dense_parameters"] / run["nonzeros"]
             same = {k: show(v) for k, v in run["args"].items()
                     if k not in ("seed", "pretrained", "ticket")}
             rows.setdefault(json.dumps(same | {"script": run["script"]}, sort_keys=True), []).append(run)
@@ -1240,7 +1249,7 @@ def compare_command(args):
         return middle if low == high else f"{middle} ({low} to {high})"
 
     heads = ["run", "dense clean, robust %", "clean %", "robust %", "95 % interval", "bytes", "bytes x",
-             "params x", "MACs x", "batch 1 ms", "dense ms", "flags", "folder"]
+             "nonzeros x", "MACs x", "batch 1 ms", "dense ms", "flags", "folder"]
     verified = any("verified_acc" in run for row in rows.values() for run in row)
     if verified:
         heads[4:4] = ["verified %", "dense verified %"]
@@ -1250,7 +1259,7 @@ def compare_command(args):
                  f"{mean(runs, 'dense', 'clean_acc')}, {mean(runs, 'dense', 'robust_acc')}",
                  mean(runs, "clean_acc"), mean(runs, "robust_acc"),
                  "{} to {}".format(*runs[0]["robust_ci"]) if len(runs) == 1 else f"{len(runs)} seeds",
-                 mean(runs, "bytes", digits=0), mean(runs, "bytes_ratio"), mean(runs, "params_ratio"),
+                 mean(runs, "bytes", digits=0), mean(runs, "bytes_ratio"), mean(runs, "nonzeros_ratio"),
                  mean(runs, "macs_ratio"), mean(runs, "latency_ms", "batch_1", "compact"),
                  mean(runs, "latency_ms", "batch_1", "dense"),
                  "; ".join(sorted({flag for run in runs for flag in run["flags"]})) or "none",

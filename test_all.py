@@ -917,62 +917,81 @@ def test_files_leave_zeros_out_and_give_them_back(tmp_path, shape):
 
 # ---------------------------------------------------------------- HYDRA: scores and masks
 
-@pytest.mark.parametrize("scheme", ["irregular", "filter"])
 @pytest.mark.parametrize("ratio", [1, 3, 10, 1e4])
-def test_hydra_masks_are_exact_for_odd_sizes_ties_and_channels_last(scheme, ratio):
+def test_hydra_masks_are_exact_for_odd_sizes_ties_and_channels_last(ratio):
     random = conv_weight(7, 5, 3, 3).float()
     last = random.to(memory_format=torch.channels_last)
-    for s in (random, last, random[:, :, 0, 0], torch.ones(7, 5, 3, 3), torch.zeros(9, 3), random.round()):
-        mask = hydra_prune.choose_mask(s, scheme, ratio)
-        units = mask.flatten(1).all(1) if scheme == "filter" else mask.flatten()
-        size = s.flatten(1).norm(dim=1) if scheme == "filter" else s.abs().flatten()
-        kept = -(-len(units) // int(ratio))
-        assert mask.dtype == torch.bool and mask.shape == s.shape
-        assert int(units.sum()) == kept and int(mask.sum()) * len(units) == kept * s.numel()
-        assert kept == len(units) or size[units].min() >= size[~units].max()
+    for s in (random, last, random[:, 0, 0, 0], torch.ones(7, 5, 3, 3), torch.zeros(9, 3), random.round()):
+        mask, size = hydra_prune.choose_mask(s, ratio), s.abs().flatten()
+        kept, flat = -(-s.numel() // int(ratio)), mask.flatten()
+        assert mask.dtype == torch.bool and mask.shape == s.shape and int(mask.sum()) == kept
+        assert kept == len(size) or size[flat].min() >= size[~flat].max()
         if len(s.unique()) == 1:
-            assert units[:kept].all()
+            assert flat[:kept].all()                             # the first among equals
     with pytest.raises(common.Fault, match="not finite"):
-        hydra_prune.choose_mask(torch.full((3, 3), math.inf), scheme, ratio)
+        hydra_prune.choose_mask(torch.full((3, 3), math.inf), ratio)
 
 
 def test_hydra_first_scores_are_scaled_weights_and_give_the_lowest_magnitude_mask():
     w = conv_weight(6, 4, 3, 3)
-    s = hydra_prune.first_score(w)
+    s = hydra_prune.first_score(w, "irregular")
     assert s.abs().max().item() == pytest.approx(math.sqrt(6 / 36)) and torch.equal(s.sign(), w.sign())
-    mask = hydra_prune.choose_mask(s, "irregular", 10)
+    mask = hydra_prune.choose_mask(s, 10)
     assert set(w.abs().flatten().topk(22).indices.tolist()) == set(mask.flatten().nonzero()[:, 0].tolist())
-    assert not hydra_prune.first_score(torch.zeros(3, 2)).any()
+    norms = w.flatten(1).norm(dim=1)
+    assert torch.allclose(hydra_prune.first_score(w, "filter"), norms / norms.max())
+    for scheme in ("filter", "irregular"):
+        assert not hydra_prune.first_score(torch.zeros(3, 2), scheme).any()
 
 
+@pytest.mark.parametrize("arch", ["cnn_small", "resnet18", "wrn28_4"])
 @pytest.mark.parametrize("scheme", ["irregular", "filter"])
-def test_hydra_gradients_of_scores_and_weights_equal_their_formulas(scheme):
-    torch.manual_seed(0)
-    model = common.build_network("cnn_small", 4, 1, 10, (8, 8)).double()
-    layers = hydra_prune.prunable(model, scheme)
-    assert len(layers) == (4 if scheme == "irregular" else 3)
-    scores = hydra_prune.Scores(layers, scheme, 4)
-    scores.put_masked_weights()
+def test_hydra_gradients_of_scores_equal_their_formula(scheme, arch):
+    model = shaken(arch, 2, 1, 8).eval()
+    dense = {name: p.detach().clone() for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in model.named_parameters()}
+    scores = hydra_prune.Scores(model, scheme, 3)
+    count = sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules())
+    assert len(scores.s) == count - (scheme == "filter")
+    for s in scores.s:                                           # not those that it began with
+        s.data *= 1 - 2 * (torch.rand_like(s) < 0.3).double()
+        s.data += 0.1 * torch.randn_like(s)
+    scores.put_masked()
     x, y = torch.rand(5, 1, 8, 8).double(), torch.arange(5)
     F.cross_entropy(model(x), y).backward()
     scores.take_gradients()
-    for i, (s, mask, layer) in enumerate(zip(scores.s, scores.masks().values(), layers.values())):
-        w = getattr(scores, f"w{i}")
-        assert torch.equal(layer.weight, w * mask) and not torch.equal(layer.weight, w)
-        product = (w * mask).requires_grad_()                    # the same network, with w * m as a leaf
-        name = list(layers)[i]
-        out = torch.func.functional_call(model, {f"{name}.weight": product}, x)
-        gradient, = torch.autograd.grad(F.cross_entropy(out, y), product)
-        assert torch.allclose(s.grad, s.sign() * w * gradient) and (s.grad[~mask] != 0).any()
-        assert layer.weight.grad is None
+    for s, held in zip(scores.s, scores.masked):
+        m = hydra_prune.choose_mask(s, 3).double()
+        m = (m + scores.LEAST[scheme] * (1 - m)).requires_grad_()            # the network, with m as a leaf
+        product = {names[id(p)]: dense[names[id(p)]] * (m if m.shape == p.shape else m.view(
+            -1, *[1] * (p.dim() - 1))) for p, _ in held}
+        assert all(torch.equal(p, product[names[id(p)]]) and p.grad is None for p, _ in held)
+        out = torch.func.functional_call(model, product, x)
+        gradient, = torch.autograd.grad(F.cross_entropy(out, y), m)
+        assert torch.allclose(s.grad, s.sign() * gradient) and (s.grad[m < 0.5] != 0).any()
+
+
+@pytest.mark.parametrize("arch", ["cnn_small", "resnet18", "wrn28_4"])
+def test_hydra_filter_scores_judge_the_network_that_is_left(arch):
+    model = shaken(arch, 2, 1, 8).eval()
+    scores = hydra_prune.Scores(model, "filter", 2)
+    scores.put_masked()
+    masks = common.parameter_masks(model, scores.masks(), True)
+    x, cut = torch.rand(4, 1, 8, 8).double(), copy.deepcopy(model)
+    common.apply_masks(cut, masks)
+    if arch == "wrn28_4":                                        # norms on a sum are not one filter's
+        shared = [f"{norm}.{p}" for _, on_sum, _ in common.channel_groups(model)
+                  for norm in on_sum for p in ("weight", "bias")]
+        cut.load_state_dict(cut.state_dict() | {k: model.state_dict()[k] for k in shared})
+    assert (cut(x) - model(x)).abs().max() < 0.01 * cut(x).abs().max()
+    assert int(sum((~mask).sum() for mask in masks.values())) > 100
 
 
 def test_hydra_prune_phase_moves_scores_and_batch_norms_alone_and_finetuning_kept_weights_alone():
     args = hydra_prune.get_args("--dataset digits --num-steps 1 --device cpu --amp off".split())
     model, x, y = resnet(), torch.rand(16, 1, 8, 8), torch.arange(16) % 10
-    layers = hydra_prune.prunable(model, "irregular")
-    scores = hydra_prune.Scores(layers, "irregular", 5)
-    scores.put_masked_weights()
+    scores = hydra_prune.Scores(model, "irregular", 5)
+    scores.put_masked()
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     before = {k: v.clone() for k, v in (scores.state_dict() | model.state_dict()).items()}
     optimizer = torch.optim.SGD(nn.ModuleList([scores, *norms]).parameters(), 5.0, 0.9)
@@ -981,7 +1000,7 @@ def test_hydra_prune_phase_moves_scores_and_batch_norms_alone_and_finetuning_kep
     after = scores.state_dict() | model.state_dict()
     for name in before:
         moved = not torch.equal(before[name], after[name])
-        weight = re.fullmatch(r"w\d+|linear\.bias", name)
+        weight = re.fullmatch(r"w\d+_0|linear\.bias", name)
         assert not moved if weight else moved or "weight" in name, name
     masks = common.parameter_masks(model, scores.masks(), False)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=0.1)
@@ -1202,18 +1221,21 @@ def test_hydra_bounds_of_unknown_layers_are_refused():
             hydra_prune.plain_layers(nn.Sequential(odd, nn.Flatten(), nn.Linear(12, 2)))
     with pytest.raises(common.Fault, match="does not end"):
         hydra_prune.plain_layers(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
-    assert hydra_prune.verify(resnet(), None, {}) == {}
+    assert hydra_prune.verify(resnet(), None, 0.1, None) == {}
 
 
 def test_hydra_a_bound_that_is_wrong_is_noticed(standard, digits, monkeypatch):
     torch.manual_seed(0)
     model = common.build_network("cnn_small", 4, 1, 10, (8, 8))
-    attack = dict(epsilon=0.2, step_size=0.05, num_steps=10, restarts=1, seed=0)
-    images = [t[:40] for t in digits.test]
-    assert hydra_prune.verify(model, images, attack)["verified_acc"] <= 20
+    images = [t[:120] for t in digits.test]
+
+    def judge(model, robust):
+        return hydra_prune.verify(model, images, 0.01, robust)
+    said = common.evaluate(model, images, **SETTINGS | {"epsilon": 0.01}, more=judge)
+    assert 0 < said["verified_acc"] <= said["robust_acc"] < 100
     monkeypatch.setattr(hydra_prune, "best_margins", lambda layers, x, y, epsilon: torch.ones(len(x), 10))
     with pytest.raises(common.Fault, match="not sound"):
-        hydra_prune.verify(model, images, attack)
+        common.evaluate(model, images, **SETTINGS | {"epsilon": 0.01}, more=judge)
 
 
 def test_hydra_crown_ibp_loss_mixes_both_bounds_and_reaches_the_scores():
@@ -1229,8 +1251,8 @@ def test_hydra_crown_ibp_loss_mixes_both_bounds_and_reaches_the_scores():
     with torch.no_grad():
         worst = margins(model, (x + 0.02 * torch.randn_like(x).sign()).clamp(0, 1), y)
     assert F.cross_entropy(-worst, y) <= loss
-    scores = hydra_prune.Scores(hydra_prune.prunable(model, "irregular"), "irregular", 2)
-    scores.put_masked_weights()
+    scores = hydra_prune.Scores(model, "irregular", 2)
+    scores.put_masked()
     hydra_prune.objective(model, x, y, args, 0.5)[0].backward()
     scores.take_gradients()
     assert all(s.grad.abs().sum() > 0 for s in scores.s)
@@ -1461,10 +1483,24 @@ def test_wrong_flags_are_one_line_exit_2_and_write_nothing(tmp_path, monkeypatch
     ("--mode ticket --ticket nowhere.pt", "nowhere.pt"), ("--admm-interval 7", "7 is more than"),
     ("--mode scratch --target-width 2 --pretrained x.pt", "--pretrained.*scratch"),
     ("--group-residual --arch lenet", "--group-residual"), ("--scheme kernel", "--scheme"),
-    ("--group-residual --scheme column", "--group-residual"), ("--rho-growth 0.5", "--rho-growth")])
+    ("--group-residual --scheme column", "--group-residual"), ("--rho-growth 0.5", "--rho-growth"),
+    ("--rho 20 --rho-growth 2", "--rho-max")])
 def test_admm_wrong_flags_are_one_line_exit_2_and_write_nothing(tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
     status, errors = run_cli(admm_prune.main, ["--dataset", "digits", *flags.split()], monkeypatch)
+    assert errors.count("\n") == 1 and re.search(words, errors), errors
+    assert status == 2 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--objective crown-ibp --arch resnet18", "crown-ibp is for"),
+    ("--objective crown-ibp --amp on", "float32"), ("--scores random", "--scores"),
+    ("--objective crown-ibp --compile", "torch.compile"),
+    ("--scheme column", "--scheme"), ("--final-share 2", "--final-share"), ("--certify-draws 5", "from 100"),
+    ("--objective mixtrain", "--objective"), ("--sigma 0", "--sigma")])
+def test_hydra_wrong_flags_are_one_line_exit_2_and_write_nothing(tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    status, errors = run_cli(hydra_prune.main, ["--dataset", "digits", *flags.split()], monkeypatch)
     assert errors.count("\n") == 1 and re.search(words, errors), errors
     assert status == 2 and list(tmp_path.iterdir()) == []
 
@@ -1504,17 +1540,25 @@ def test_damaged_files_are_refused(finished, tmp_path, monkeypatch, damage, name
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
-def test_files_of_other_content_are_refused(finished, tmp_path):
+def test_files_of_other_content_are_refused(whole, finished, tmp_path):
     artifact = common.read_model(finished[0] / "model.pt")[0]
     changes = {"a script": dict(script="../evil"), "not beside": dict(script="nothing_here"),
                "damaged or not": dict(format=2),
                "not finite": dict(values=artifact["values"] * math.nan),
                "does not fit": dict(network=artifact["network"] | {"width": 2}),
-               "fit the network": dict(ranks=artifact["ranks"] | {"layer4.1.conv2": (7, 5)})}
+               "fit the network": dict(ranks=artifact["ranks"] | {"layer4.1.conv2": (7, 5)}),
+               "does not fit the": dict(values=[1.0]),
+               "too many": dict(values=torch.cat([artifact["values"]] * 2)),
+               "fit the network it": dict(shapes=artifact["shapes"] | {"bn1.weight": [0, 4]}, forms={
+                   "bn1.weight": "columns"}, bits=torch.zeros(3, dtype=torch.uint8))}
     for words, change in changes.items():
         torch.save(artifact | change, tmp_path / "changed.pt")
         with pytest.raises(common.Fault, match=words):
             common.load_model(tmp_path / "changed.pt")
+    pruned = common.read_model(whole(admm_prune)[0] / "model.pt")[0]
+    torch.save(pruned | dict(network=pruned["network"] | {"classes": 9}), tmp_path / "changed.pt")
+    with pytest.raises(common.Fault, match="wrong number of classes"):
+        common.load_model(tmp_path / "changed.pt")
     torch.save({"hostile": Hostile()}, tmp_path / "changed.pt")
     with pytest.raises(common.Fault, match="damaged or not"):
         common.load_model(tmp_path / "changed.pt")
