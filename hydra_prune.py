@@ -371,8 +371,7 @@ def objective(model, x, y, args, strength):
     if args.objective == "pgd":
         x_near = pgd(model, x, y, epsilon, step_size, args.num_steps)
     elif args.objective == "trades":
-        with torch.no_grad():
-            clean = model(x).float()
+        clean = model(x).float().detach()
         x_near = pgd(model, x, y, epsilon, step_size, args.num_steps, start=x + 0.001 * torch.randn_like(x),
                      loss=lambda logits, _: kl(logits, clean))                       # [F]
     elif args.objective == "smooth":

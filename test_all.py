@@ -1710,8 +1710,15 @@ def test_results_hold_the_log_that_ends_in_their_result(folder, digits):
     last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
     assert last["phase"] == "final"
     assert all(last[k] == result[k] for k in ("clean_acc", "robust_acc", "bytes", "images"))
-    if folder == SHIPPED:
+    if (folder / "model.pt").is_file():                          # a shipped one: one a script
         assert (folder / "model.pt").stat().st_size == result["bytes"]
         images = [t[:100] for t in digits.test]
         model = common.load_model(folder / "model.pt")
         assert common.evaluate(model, images, **SETTINGS)["robust_acc"] > 50
+
+
+@every_script
+def test_every_script_ships_a_network(script):
+    shipped = [json.loads(path.with_name("result.json").read_text())["script"]
+               for path in (HERE / "results").glob("*/model.pt")]
+    assert script.__name__ in shipped
