@@ -1457,6 +1457,13 @@ def run_cli(main, argv, monkeypatch):
     return stop.value.code, errors.getvalue()
 
 
+def assert_refused(script, flags, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, errors = run_cli(script.main, ["--dataset", "digits", *flags.split()], monkeypatch)
+    assert errors.count("\n") == 1 and re.search(words, errors), errors
+    assert status == 2 and list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("flags, words", [
     ("--epsilon 8", "--epsilon.*8 is not.*0 to 1.*8/255"), ("--epsilon nan", "--epsilon"),
     ("--lr inf", "--lr"), ("--lr 0", "--lr"), ("--epsilon 8/0", "--epsilon"),
@@ -1470,10 +1477,7 @@ def run_cli(main, argv, monkeypatch):
     ("--dataset mydata", "mydata.*--epsilon"), ("--dataset mydata --epsilon 8/255", "mydata"),
     ("--rank-rule best", "--rank-rule")])
 def test_wrong_flags_are_one_line_exit_2_and_write_nothing(tmp_path, monkeypatch, flags, words):
-    monkeypatch.chdir(tmp_path)
-    status, errors = run_cli(cstar.main, ["--dataset", "digits", *flags.split()], monkeypatch)
-    assert errors.count("\n") == 1 and re.search(words, errors), errors
-    assert status == 2 and list(tmp_path.iterdir()) == []
+    assert_refused(cstar, flags, words, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -1486,10 +1490,7 @@ def test_wrong_flags_are_one_line_exit_2_and_write_nothing(tmp_path, monkeypatch
     ("--group-residual --scheme column", "--group-residual"), ("--rho-growth 0.5", "--rho-growth"),
     ("--rho 20 --rho-growth 2", "--rho-max")])
 def test_admm_wrong_flags_are_one_line_exit_2_and_write_nothing(tmp_path, monkeypatch, flags, words):
-    monkeypatch.chdir(tmp_path)
-    status, errors = run_cli(admm_prune.main, ["--dataset", "digits", *flags.split()], monkeypatch)
-    assert errors.count("\n") == 1 and re.search(words, errors), errors
-    assert status == 2 and list(tmp_path.iterdir()) == []
+    assert_refused(admm_prune, flags, words, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -1499,10 +1500,7 @@ def test_admm_wrong_flags_are_one_line_exit_2_and_write_nothing(tmp_path, monkey
     ("--scheme column", "--scheme"), ("--final-share 2", "--final-share"), ("--certify-draws 5", "from 100"),
     ("--objective mixtrain", "--objective"), ("--sigma 0", "--sigma")])
 def test_hydra_wrong_flags_are_one_line_exit_2_and_write_nothing(tmp_path, monkeypatch, flags, words):
-    monkeypatch.chdir(tmp_path)
-    status, errors = run_cli(hydra_prune.main, ["--dataset", "digits", *flags.split()], monkeypatch)
-    assert errors.count("\n") == 1 and re.search(words, errors), errors
-    assert status == 2 and list(tmp_path.iterdir()) == []
+    assert_refused(hydra_prune, flags, words, tmp_path, monkeypatch)
 
 
 def flipped(data, position):
