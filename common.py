@@ -1021,8 +1021,8 @@ class Run:
         if last.is_file():
             self.saved = read_file(last, "script", "args", "phase", "epoch", "states", "memo", "seconds",
                                    "random", "log_size")
-            judging = "eval_images", "eval_steps", "restarts", "certify_images", "certify_draws"
-            judged = {k: self.flags[k] for k in judging if k in self.flags}               # so may these
+            evaluation = "eval_images", "eval_steps", "restarts", "certify_images", "certify_draws"
+            judged = {k: self.flags[k] for k in evaluation if k in self.flags}            # so may these
             changed = {k: v for k, v in judged.items() if self.saved["args"].get(k) != v}
             before = self.saved["args"] | judged
             self.check(before, self.saved["script"], "not finished; --resume continues it")
