@@ -749,20 +749,26 @@ def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=1, loss="
                 robust_ci=interval(robust, n), images=n, attack=dict(norm="l_inf", **attack, seed=seed))
 
 
-def sanity_flags(model, images, *, epsilon, step_size, num_steps, seed=0):
+def sanity_flags(model, images, *, epsilon, step_size, num_steps, eot=10, seed=0):
     """Signs that a robust accuracy cannot be trusted (after Carlini et al. 2019, Athalye et al. 2018), as
-    sentences. Judged on the first 250 images; an honest network raises none."""
-    images = [t[:250] for t in images]
+    sentences. Judged on the first 250 images, 100 of them if the network is random, which is attacked and
+    judged as in evaluate(); an honest network raises none but that."""
+    with judging(model, seed=seed):
+        random = is_random(model, to_float(images[0][:64]))
+    images = [t[:100 if random else 250] for t in images]
     x, y, flags, slack = to_float(images[0]), images[1], [], max(2, 300 / len(images[1]))  # 2 % or 3 images
     with judging(model, seed=seed) as generator:
         def robust(steps, epsilon, step_size, count=None, **more):
-            first = first_break(model, images, generator, epsilon=epsilon, step_size=step_size,
-                                num_steps=steps, **more)
+            attack = dict(epsilon=epsilon, step_size=step_size, **more)
+            if random:
+                return [evaluate(model, images, num_steps=n, eot=eot, seed=seed, **attack)["robust_acc"]
+                        for n in (count or steps, steps)]
+            first = first_break(model, images, generator, num_steps=steps, **attack)
             return per_cent(first > (count or steps)), per_cent(first > steps)
         logits = logits_of(model, x)
         alone = torch.cat([logits_of(model, image[None]) for image in x[:32]])
-        if is_random(model, x):
-            flags.append("random output: two passes over one image differ")
+        if random:
+            flags.append("random output, expected of a network with noise: two passes over one image differ")
         elif (alone - logits[:32]).abs().max() > 1e-4 * logits.abs().max():
             flags.append("batch-dependent output: an image's logits change with its neighbours")
         if logits.min() >= 0 and (logits.sum(1) - 1).abs().max() < 1e-4:
@@ -891,12 +897,13 @@ def kept_values(t):
     return form, forms[form].view(t.shape)
 
 
-def save_model(path, script, network, model, args, **more):
-    """Writes a network as a file that load_model reads on any machine; script.build(artifact) makes it again.
+def save_model(path, script, network, model, args, state=None, **more):
+    """Writes a network as a file that load_model reads on any machine; script.build(artifact) makes it again,
+    from `state` where the model's own is not what is to be stored.
 
     All values stand in one tensor (a record of its own for each would be a sixth of a small file), and zeros
     are left out where a bit map of what is kept, packed eight to a byte, costs less."""
-    state = {name: t.detach().cpu() for name, t in model.state_dict().items()}
+    state = {name: t.detach().cpu() for name, t in (state or model.state_dict()).items()}
     floats, forms, bits, values = {n: t for n, t in state.items() if t.is_floating_point()}, {}, [], []
     for name, t in floats.items():
         forms[name], kept = kept_values(t)
@@ -965,13 +972,15 @@ def build(artifact):
     return model
 
 
-def load_pretrained(model, path, network):
-    """Loads a dense.pt into `model`; UsageFault unless it holds that architecture."""
+def load_pretrained(model, path, network, maker="common"):
+    """Loads a dense.pt into `model`; UsageFault unless it holds that architecture, dense. maker is the script
+    that builds it."""
     if not Path(path).is_file():
         raise UsageFault(f"argument --pretrained: there is no file {path}")
     artifact = read_model(path)[0]
     script, held = artifact["script"], artifact["network"]
-    if script != "common" or held != network:
+    shapes = [{k: t.shape for k, t in state.items()} for state in (artifact["state"], model.state_dict())]
+    if script != maker or held != network or shapes[0] != shapes[1]:
         raise UsageFault(f"argument --pretrained: {path} holds {held} of {script}.py, not {network}")
     model.load_state_dict(artifact["state"])
 
@@ -998,8 +1007,9 @@ class Run:
 
     def __init__(self, args, data, script, argv):
         self.args, self.data, self.script = args, data, Path(script).stem
+        size = f"r{args.ratio:g}" if "ratio" in args else f"b{args.bits}"
         args.output = args.output or (f"runs/{self.script}-{args.dataset}-{args.arch}w{args.width}"
-                                      f"-r{args.ratio:g}-s{args.seed}")
+                                      f"-{size}-s{args.seed}")
         self.folder = Path(args.output)
         if not self.script.isidentifier() or not Path(__file__).with_name(f"{self.script}.py").is_file():
             raise UsageFault(f"{script} must lie beside common.py, with only letters, digits and _ in its "
@@ -1121,7 +1131,7 @@ class Run:
         returns result.json."""
         self.phase, self.begin, args, device = "final", time.time(), self.args, self.args.device
         attack = dict(epsilon=args.epsilon, step_size=args.step_size, num_steps=args.eval_steps,
-                      seed=args.seed)
+                      seed=args.seed, eot=getattr(args, "eot", 10))
         files = [self.folder / "dense.pt", self.folder / "model.pt"]
         (artifact, dense), (_, compact) = map(read_model, files)
         models = [m.to(device, memory_format=torch.channels_last) for m in (dense, compact)]

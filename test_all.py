@@ -1,7 +1,8 @@
 """Correctness on tiny networks: oracles, properties, runs end to end. CPU only, no network.
 
-Tests against independent libraries (foolbox, pyautoattack, scikit-learn, scipy, tensorly) are skipped where
-those are not installed. Break the code once and watch the test of that line fail: these were written so.
+Tests against independent libraries (foolbox, pyautoattack, scikit-learn, scipy, tensorly, torchao) are
+skipped where those are not installed. Break the code once and watch the test of that line fail: these were
+written so.
 """
 import ast
 import contextlib
@@ -32,12 +33,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import admm_prune
+import binary_relax
 import common
 import cstar
 import hydra_prune
 
 HERE = Path(__file__).parent
-SCRIPTS = [cstar, admm_prune, hydra_prune]
+SCRIPTS = [cstar, admm_prune, hydra_prune, binary_relax]
 every_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 SHIPPED = HERE / "results" / "cstar-digits-hull-s0"
 TINY = ("--dataset digits --arch resnet18 --width 1 --train-images 128 --eval-images 40 --batch-size 32 "
@@ -47,12 +49,17 @@ torch.set_num_threads(1)
 
 
 def tiny(folder, *more, script=cstar):
-    flags = [{"--admm-epochs": "--prune-epochs"}.get(f, f) for f in TINY] if script is hydra_prune else TINY
-    return script.main([*flags, "--output", str(folder), *more])
+    flags = " ".join(TINY)
+    if script is hydra_prune:
+        flags = flags.replace("--admm-epochs", "--prune-epochs")
+    if script is binary_relax:
+        flags = flags.replace("resnet18", "enresnet --depth 8 --noise 0").replace("--ratio 4", "--bits 2")
+        flags = flags.replace("--admm-epochs", "--relax-epochs")
+    return script.main([*flags.split(), "--output", str(folder), *more])
 
 
 def weights_of(path):
-    return common.read_model(path)[0]["state"]
+    return common.load_model(path).state_dict()
 
 
 def same_weights(a, b):
@@ -835,9 +842,9 @@ def test_admm_run_prunes_every_layer_exactly_and_writes_a_smaller_file(whole, sc
     assert torch.isfinite(model(x)).all() and not torch.allclose(model(x), dense(x), atol=1e-3)
 
 
-def phases_of(folder):
+def phases_of(folder, method="admm"):
     phases = [json.loads(line).get("phase") for line in open(folder / "log.jsonl")]
-    return [phases.count(phase) for phase in ("pretrain", "admm", "finetune")]
+    return [phases.count(phase) for phase in ("pretrain", method, "finetune")]
 
 
 def test_admm_modes_spend_the_same_epochs_on_networks_of_one_size(tmp_path):
@@ -1293,6 +1300,362 @@ def test_hydra_smoothed_curve_falls_and_counts_what_abstains_as_wrong(robust, di
     assert float(list(said["curve"])[-1]) <= ceiling
 
 
+# ---------------------------------------------------------------- Binary-Relax
+
+BITS = (1, 2, 4)
+GOLDEN = torch.tensor([0.9, -0.5, 0.1, -0.05, 0.3, 1.4, -0.2, 0.02], dtype=torch.float64)
+
+
+def quantised(v, bits):
+    codes, scale = binary_relax.project(v, bits)
+    return scale * codes
+
+
+def nearest(v, bits):
+    """The least ||v - s c||^2 over all codes c and scales s >= 0, by trying all codes."""
+    most = 2 ** (bits - 1) - 1
+    levels = (-1, 1) if bits == 1 else range(-most, most + 1)
+    c = torch.tensor(list(itertools.product(levels, repeat=len(v))), dtype=v.dtype)
+    gain = (c @ v).clamp(min=0).square() / c.square().sum(1).clamp(min=1)
+    return v.square().sum() - gain.max()
+
+
+@pytest.mark.parametrize("bits, scale, codes, error", [
+    (1, 0.43375, [1, -1, 1, -1, 1, 1, -1, 1], 1.6577875),
+    (2, 0.9333333, [1, -1, 0, 0, 0, 1, 0, 0], 0.5495667),
+    (4, 0.1876404, [5, -3, 1, 0, 2, 7, -1, 0], 0.0293045)])
+def test_relax_projection_of_the_golden_vector(bits, scale, codes, error):
+    found, s = binary_relax.project(GOLDEN, bits)
+    assert found.tolist() == codes and abs(s - scale) < 1e-7
+    assert abs((GOLDEN - s * found).square().sum() - error) < 1e-7
+
+
+@pytest.mark.parametrize("bits, length", [(1, 8), (2, 7), (4, 4)])
+def test_relax_projection_is_the_nearest_or_between_it_and_nothing(bits, length):
+    worst = 0
+    for seed in range(50):
+        v = conv_weight(length, seed=seed)
+        best, found = nearest(v, bits), (v - quantised(v, bits)).square().sum()
+        assert best - 1e-12 <= found <= v.square().sum()
+        worst = max(worst, found - best)
+    assert (worst < 1e-12) == (bits == 1)                        # the others are rules, not the minimum
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("seed", range(5))
+def test_relax_projection_is_orthogonal_idempotent_and_equivariant(bits, seed):
+    v = conv_weight(6, 5, 3, 3, seed=seed).abs().pow(1 + seed / 2) * conv_weight(6, 5, 3, 3, seed=seed).sign()
+    q, order = quantised(v, bits), torch.randperm(6, generator=torch.Generator().manual_seed(seed))
+    assert abs(((v - q) * q).sum()) < 1e-10 * v.square().sum()
+    for found, wanted in ((quantised(q, bits), q), (quantised(1e5 * v, bits), 1e5 * q),
+                          (quantised(-v, bits), -q), (quantised(v[order], bits), q[order])):
+        assert torch.allclose(found, wanted, rtol=1e-12, atol=0)
+    for lam in (0.1, 1.0, 10.0, 350.0):                          # the relaxed point has the same projection
+        w = binary_relax.relax(v, bits, lam)
+        assert torch.allclose((w - q).norm() * (1 + lam), (v - q).norm())
+        assert torch.allclose((w - v).norm() * (1 + lam), lam * (v - q).norm())
+        found = binary_relax.project(w, bits)
+        assert torch.equal(found[0], binary_relax.project(v, bits)[0])
+        assert torch.allclose(found[1] * found[0], q)
+    assert torch.equal(binary_relax.relax(v, bits, 0), v) and torch.equal(
+        binary_relax.relax(v, bits, math.inf), q)
+
+
+def test_relax_projection_of_zeros_ties_and_single_weights():
+    for bits in BITS:
+        codes, scale = binary_relax.project(torch.zeros(3, 2), bits)
+        assert scale == 0 and (codes == (1 if bits == 1 else 0)).all()
+        assert torch.allclose(quantised(torch.tensor([-3.0]), bits), torch.tensor([-3.0]))
+        assert torch.allclose(quantised(torch.full((4, 3), 0.2), bits), torch.tensor(0.2))
+    assert binary_relax.project(torch.tensor([0.0, -0.0, -1.0]), 1)[0].tolist() == [1, 1, -1]
+    v = torch.tensor([0.5, 0.51, 1.5, -1.51, 6.5, 7.5])          # s0 = 2 * 7.5 / 15 = 1
+    assert binary_relax.project(v, 4)[0].tolist() == [0, 1, 1, -2, 6, 7]
+    assert binary_relax.project(torch.tensor([7.0, 3.0]), 2)[0].tolist() == [1, 0]
+    assert binary_relax.project(torch.tensor([7.0, 3.77]), 2)[0].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("theta", [0.25, 0.5, 0.9375])
+def test_relax_agrees_with_torchao(bits, theta):
+    parq = pytest.importorskip("torchao.prototype.parq.optim")
+    v = conv_weight(4, 3, 3, 3).float()
+    codes, scale = binary_relax.project(v, bits)
+    levels = scale * torch.arange(-7.0, 8) if bits == 4 else scale * torch.arange(-1.0, 2, 3 - bits)
+    theirs, done = v.clone(), v.clone()
+    prox = parq.ProxBinaryRelax(anneal_start=0, anneal_end=16)
+    prox.apply_(theirs, None if bits == 1 else scale * codes, levels, int(16 * theta))
+    assert torch.allclose(binary_relax.relax(v, bits, theta / (1 - theta)), theirs, atol=1e-6)
+    prox.apply_(done, None if bits == 1 else scale * codes, levels, 16)
+    assert torch.allclose(binary_relax.relax(v, bits, math.inf), done)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_relax_gives_the_latent_weights_back_bit_for_bit_also_after_an_exception(bits):
+    model = resnet()
+    weights = list(binary_relax.quantisable(model).values())
+    before, grown = copy.deepcopy(model.state_dict()), [w.data_ptr() for w in weights]
+    with pytest.raises(Stop), binary_relax.relaxed(weights, bits, math.inf):
+        assert all(len(w.unique()) <= {1: 2, 2: 3, 4: 15}[bits] for w in weights)
+        assert not torch.equal(weights[0], before["conv1.weight"])
+        raise Stop
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert grown == [w.data_ptr() for w in weights]              # the parameters that the optimizer holds
+
+
+def test_relax_step_moves_the_latent_weights_by_the_gradient_at_the_relaxed_ones(digits):
+    """One step of SGD with weight decay, by hand; the classifier's and batch norm's are plain."""
+    args = binary_relax.get_args("--dataset digits --device cpu --amp off --num-steps 0 --adv-weight 0 "
+                                 "--nat-weight 2 --bits 2".split())
+    torch.manual_seed(0)
+    model = binary_relax.EnResNet(8, 1, 0.0, 2, 1, 10)
+    targets, lam = binary_relax.quantisable(model), 1.5
+    twin, batch = copy.deepcopy(model).train(), next(digits.batches(16, torch.Generator().manual_seed(1)))
+    v = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name, p in twin.named_parameters():
+        if name in targets:
+            q = quantised(p.data, 2)
+            p.data = (lam * q + p.data) / (lam + 1)
+    (2 * F.cross_entropy(twin(batch[0]), batch[1])).backward()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1)
+    binary_relax.train_epoch(model, [batch], optimizer, schedule, args, list(targets.values()), lam)
+    for (name, p), other in zip(model.named_parameters(), twin.parameters()):
+        assert torch.allclose(p, v[name] - 0.1 * (other.grad + 0.01 * v[name]), atol=1e-6), name
+
+
+def test_relax_loss_weighs_both_images_and_attacks_only_where_asked(digits, monkeypatch):
+    batch, calls = next(digits.batches(16, torch.Generator().manual_seed(1))), []
+    found = {}
+    for adv, nat in ((1, 0), (0, 1), (8, 1), ("8/9", "1/9")):
+        args = binary_relax.get_args(f"--dataset digits --device cpu --amp off --adv-weight {adv} "
+                                     f"--nat-weight {nat}".split())
+        monkeypatch.setattr(binary_relax, "pgd", lambda *a: calls.append(a) or common.pgd(*a))
+        torch.manual_seed(0)
+        model = binary_relax.EnResNet(8, 1, 0.0, 2, 1, 10)
+        before, images = copy.deepcopy(model).train(), []
+        model.register_forward_pre_hook(
+            lambda m, inputs, seen=images: seen.append(inputs[0].clone()) if m.training else None)
+        optimizer, schedule = common.sgd(model, 1e-8, 1, digits, args)
+        logged = binary_relax.train_epoch(model, [batch], optimizer, schedule, args)
+        losses = [F.cross_entropy(before(x), batch[1]).item() for x in images]
+        wanted = [w for w in (args.adv_weight, args.nat_weight) if w]
+        assert abs(logged["loss"] - sum(w * one for w, one in zip(wanted, losses))) < 1e-4
+        if nat != 0:
+            assert torch.equal(images[-1], batch[0])
+        if adv != 0:
+            assert 0.19 < (images[0] - batch[0]).abs().max() <= 0.2 + 1e-6
+        found[adv] = logged["loss"]
+    assert len(calls) == 3 and abs(found[8] - 9 * found["8/9"]) < 1e-3
+
+
+@pytest.mark.parametrize("depth, quantised, total, tensors, channels", [
+    (20, 267696, 272282, 19, 627), (44, 654768, 661146, 43, 1523), (56, 848304, 855578, 55, 1971),
+    (110, 1719216, 1730522, 109, 3987)])
+def test_enresnet_has_the_published_parameter_counts(depth, quantised, total, tensors, channels):
+    with torch.device("meta"):
+        model = binary_relax.EnResNet(depth, 2, 0.1, 16, 3, 10)
+    targets = binary_relax.quantisable(model)
+    assert sum(p.numel() for p in model.parameters()) == 2 * total and len(targets) == 2 * tensors
+    assert sum(w.numel() for w in targets.values()) == 2 * quantised
+    assert sum(w.shape[1] for w in targets.values()) == 2 * channels
+
+
+def ensemble(noise, members=2, width=2, size=12):
+    """An EnResNet in float64 whose batch norms are not neutral, and images for it."""
+    torch.manual_seed(0)
+    network = dict(arch="enresnet", width=width, channels=3, classes=10, size=[size, size], depth=8,
+                   members=members, noise=noise)
+    model = binary_relax.make_network(**network).double().eval()
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_()
+            m.running_var.uniform_(0.5, 2)
+            m.weight.data.uniform_(0.5, 1.5)
+            m.bias.data.normal_()
+    return model, network, torch.rand(5, 3, size, size, dtype=torch.float64)
+
+
+def test_enresnet_without_noise_is_the_mean_of_its_members_image_by_image():
+    model, _, x = ensemble(noise=0.0)
+    a, b = model.members
+    assert torch.allclose(model(x), (a(x) + b(x)) / 2) and not torch.allclose(a(x), b(x))
+    assert torch.allclose(torch.cat([model(image[None]) for image in x]), model(x), rtol=0, atol=1e-12)
+    assert not {p.data_ptr() for p in a.parameters()} & {p.data_ptr() for p in b.parameters()}
+    h, stages = a.conv1(x), [a.blocks[i].conv1.stride[0] for i in range(3)]
+    assert stages == [1, 2, 2] and [block.shortcut is None for block in a.blocks] == [True, False, False]
+    for block in a.blocks:                                       # pre-activation, written out
+        r = F.relu(block.bn1(h))
+        h = block.conv2(F.relu(block.bn2(block.conv1(r)))) + (block.shortcut(r) if block.shortcut else h)
+    assert torch.allclose(a.fc(F.relu(a.bn(h)).mean((2, 3))), a(x))
+
+
+def test_enresnet_noise_is_relative_seeded_and_of_each_image_alone():
+    h = torch.randn(4, 8, 32, 32, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [1.0, 5.0, 0.0, 2.0]).view(-1, 1, 1, 1) + 3
+    torch.manual_seed(1)
+    added = binary_relax.add_noise(h, 0.3) - h
+    assert torch.allclose(added.flatten(1).std(1), 0.3 * h.flatten(1).std(1), rtol=0.05, atol=1e-5)
+    torch.manual_seed(1)
+    assert torch.equal(binary_relax.add_noise(h, 0.3) - h, added)
+    changed = h.clone()
+    changed[0] *= 100
+    torch.manual_seed(1)                                         # a neighbour changes nothing
+    assert torch.allclose((binary_relax.add_noise(changed, 0.3) - changed)[1:], added[1:], atol=1e-5)
+    leaf = torch.zeros(2, 1, 4, 4, requires_grad=True)           # no spread: no noise, and a finite gradient
+    binary_relax.add_noise(leaf, 0.3).sum().backward()
+    assert leaf.grad.isfinite().all()
+    for training in (False, True):
+        model, _, x = ensemble(noise=0.1)
+        model.train(training)
+        assert not torch.allclose(model(x), model(x))            # on in training and in evaluation
+    assert all(block.noise == 0.1 for member in model.members for block in member.blocks)
+
+
+def test_enresnet_evaluation_repeats_and_is_flagged_as_random_alone(digits, whole):
+    folder, result = whole(binary_relax, "--noise", "0.1", "--eot", "2")
+    model, images = common.load_model(folder / "model.pt"), [t[:60] for t in digits.test]
+    settings = dict(epsilon=0.2, step_size=0.05, num_steps=3, eot=2)
+    assert common.evaluate(model, images, **settings) == common.evaluate(model, images, **settings)
+    flags = result["flags"]
+    assert result["attack"]["eot"] == 2 and len(flags) == 1 and flags[0].startswith("random output")
+
+
+def test_sparsity_counts_zeros_and_dead_input_channels_pooled():
+    a, b = torch.ones(2, 4, 3, 3), torch.ones(4, 2, 1, 1)
+    a[:, 1] = 0
+    a[0, 2] = 0
+    b[3] = 0                                                     # a filter, no input channel
+    assert binary_relax.sparsity([a]) == dict(sparsity=37.5, channel_sparsity=25.0)
+    assert binary_relax.sparsity([a, b]) == dict(sparsity=36.25, channel_sparsity=16.667)     # 29 / 80, 1 / 6
+    assert binary_relax.sparsity([a, a])["channel_sparsity"] == 25
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", [(1,), (7,), (3, 5), (4, 3, 3, 3)])
+def test_packed_codes_round_trip(bits, shape):
+    most = 2 ** (bits - 1) - 1
+    generator = torch.Generator().manual_seed(0)
+    codes = {name: torch.randint(-most, most + 1, shape, generator=generator).float() for name in "ab"}
+    codes = {name: c.sign() + (c == 0) if bits == 1 else c for name, c in codes.items()}
+    packed, shapes = binary_relax.pack(codes.values(), bits), dict.fromkeys("ab", shape)
+    assert packed.dtype == torch.uint8 and len(packed) == 2 * math.ceil(math.prod(shape) * bits / 8)
+    found = binary_relax.unpack(packed, shapes, bits)
+    assert all(torch.equal(found[name], codes[name]) for name in "ab")
+    for wrong in (packed[:-1], torch.cat([packed, packed])):
+        with pytest.raises(ValueError):
+            binary_relax.unpack(wrong, shapes, bits)
+
+
+@pytest.mark.parametrize("bits, size", [(1, 33462), (2, 66924), (4, 133848)])
+def test_packed_resnet20_has_the_bytes_of_its_bits(bits, size):
+    model = binary_relax.EnResNet(20, 1, 0.0, 16, 3, 10)
+    assert len(binary_relax.encode(model, bits)[1]["codes"]) == size
+
+
+@pytest.mark.parametrize("bits", (*BITS, 32))
+@pytest.mark.parametrize("arch, channels, size", [
+    ("enresnet", 3, 12), ("resnet18", 3, 16), ("vgg16", 3, 32), ("wrn28_4", 2, 8), ("lenet", 1, 12),
+    ("cnn_small", 1, 8)])
+def test_network_without_dead_channels_equals_the_quantised_one(arch, channels, size, bits):
+    if arch == "enresnet":
+        model, network, _ = ensemble(noise=0.1)
+    else:
+        model = shaken(arch, 2, channels, size).eval()
+        network = dict(arch=arch, width=2, channels=channels, classes=10, size=[size, size])
+    targets = binary_relax.quantisable(model)
+    for name, w in targets.items():
+        if "conv2" in name or arch not in ("enresnet", "resnet18", "wrn28_4"):
+            w.data[:, ::3] *= 1e-6
+    state, codes, found = binary_relax.encode(model, bits)
+    small = binary_relax.build(dict(network=network, state=copy.deepcopy(state), **codes)).double().eval()
+    for name, w in targets.items() if bits < 32 else ():
+        w.data = quantised(w.data, bits)
+    x, outs = torch.rand(3, channels, size, size, dtype=torch.float64), []
+    for m in (model, small):
+        torch.manual_seed(2)
+        outs.append(m(x))
+    assert torch.allclose(outs[0], outs[1], rtol=0, atol=1e-5 * outs[0].abs().max().item())
+    counts = [sum(p.numel() for p in m.parameters()) for m in (small, model)]
+    dead = bits in (2, 4)
+    assert (counts[0] < counts[1]) == dead and (found["channel_sparsity"] > 0) == dead
+
+
+def test_a_layer_all_of_zeros_keeps_one_channel():
+    model, network, x = ensemble(noise=0.0)
+    block = model.members[0].blocks[1]
+    block.conv2.weight.data.zero_()
+    state, codes, _ = binary_relax.encode(model, 2)
+    small = binary_relax.build(dict(network=network, state=state, **codes)).eval()
+    assert small.members[0].blocks[1].conv1.out_channels == 1
+    assert small(x.float()).isfinite().all()
+
+
+@pytest.mark.parametrize("bits", (*BITS, 32))
+def test_relax_run_writes_a_smaller_file_of_few_values(whole, tmp_path, bits):
+    folder, result = whole(binary_relax, "--bits", str(bits))
+    state, most = weights_of(folder / "model.pt"), {1: 2, 2: 3, 4: 15, 32: math.inf}[bits]
+    model = common.load_model(folder / "model.pt")
+    for name in binary_relax.quantisable(model):
+        levels = state[name].unique()
+        assert len(levels) <= most
+        if bits < 32:
+            least = levels[levels > 0].min()
+            steps = levels / state[name].abs().max() * (2**(bits - 1) - 1 if bits > 1 else 1)
+            assert least > 0 and torch.allclose(steps, steps.round(), atol=1e-3)
+    zero = sum(int((state[n] == 0).sum()) for n in binary_relax.quantisable(model))
+    count = sum(state[n].numel() for n in binary_relax.quantisable(model))
+    assert result["flags"] == [] and (result["sparsity"] > 5) == (bits in (2, 4))
+    if result["channel_sparsity"] == 0:
+        assert abs(result["sparsity"] - 100 * zero / count) < 0.01
+    assert result["fgsm_acc"] <= result["clean_acc"] and result["attacks"]["ifgsm"]["num_steps"] == 20
+    assert result["bytes"] == os.path.getsize(folder / "model.pt")
+    assert (result["bytes"] < result["dense_bytes"]) == (bits < 32)
+    lines = [json.loads(line) for line in open(folder / "log.jsonl")]
+    assert [line["lam"] for line in lines if line.get("phase") == "relax"] == [1, 350**0.5]
+    assert phases_of(folder, "relax") == [2, 2, 2]
+
+
+def test_relax_method_bc_is_br_that_switches_at_once(whole, tmp_path):
+    tiny(tmp_path / "run", "--relax-epochs", "0", "--finetune-epochs", "4", script=binary_relax)
+    assert same_weights(whole(binary_relax, "--method", "bc")[0] / "model.pt", tmp_path / "run/model.pt")
+    assert not same_weights(whole(binary_relax)[0] / "model.pt", tmp_path / "run/model.pt")
+
+
+def test_relax_quantises_the_networks_of_common_from_a_dense_one(whole, finished, tmp_path):
+    more = "--depth 8 --members 2 --pretrain-epochs 0".split()
+    with pytest.raises(SystemExit):
+        tiny(tmp_path / "run", "--arch", "resnet18", *more, script=binary_relax)
+    flags = ("--dataset digits --arch resnet18 --width 1 --train-images 128 --eval-images 40 --batch-size 32 "
+             "--relax-epochs 1 --finetune-epochs 1 --num-steps 1 --eval-steps 2 --restarts 1 --device cpu")
+    dense = finished[0] / "dense.pt"
+    flags = [*flags.split(), "--pretrained", str(dense)]
+    result = binary_relax.main([*flags, "--output", str(tmp_path / "run")])
+    assert result["flags"] == [] and same_weights(dense, tmp_path / "run/dense.pt")
+    kept = weights_of(tmp_path / "run/model.pt")
+    assert len(kept["layer1.0.conv1.weight"].unique()) <= 3 < len(kept["layer2.0.shortcut.0.weight"].unique())
+    own = whole(binary_relax)[0] / "dense.pt"
+    again = ["--dataset", "digits", "--device", "cpu", "--width", "1", "--output", str(tmp_path / "again"),
+             "--relax-epochs", "1", "--finetune-epochs", "0", "--train-images", "128", "--eval-images", "40",
+             "--num-steps", "1", "--eval-steps", "1", "--noise", "0"]
+    binary_relax.main([*again, "--depth", "8", "--pretrained", str(own)])
+    assert same_weights(own, tmp_path / "again/dense.pt")
+    for file, depth in ((own, 14), (dense, 8), (own.with_name("model.pt"), 8)):
+        with pytest.raises(common.UsageFault, match="--pretrained"):
+            binary_relax.main([*again, "--depth", str(depth), "--pretrained", str(file), "--output",
+                               str(tmp_path / "refused")])
+
+
+@pytest.mark.parametrize("more", [
+    "--method bc", "--bits 1", "--bits 4", "--bits 32", "--adv-weight 1", "--nat-weight 0", "--noise 0.1",
+    "--members 2", "--depth 14", "--relax-epochs 1", "--relax-lr 0.001", "--ramp-epochs 3",
+    "--momentum 0.5", "--weight-decay 0.1"])
+def test_relax_flags_do_something(whole, tmp_path, more):
+    tiny(tmp_path / "run", *more.split(), script=binary_relax)
+    states = weights_of(whole(binary_relax)[0] / "model.pt"), weights_of(tmp_path / "run/model.pt")
+    assert states[0].keys() != states[1].keys() or not all(torch.equal(v, states[1][k])
+                                                           for k, v in states[0].items())
+
+
 # ---------------------------------------------------------------- runs end to end
 
 def test_cstar_run_writes_a_smaller_file_that_is_what_it_reports(finished, digits):
@@ -1327,7 +1690,7 @@ class Stop(Exception):
 @pytest.mark.parametrize("saves", range(1, 10))
 def test_resume_equals_the_uninterrupted_run_bit_for_bit(whole, tmp_path, monkeypatch, script, saves):
     """Stopped right after the n-th checkpoint: before, within and at the end of each of the three phases."""
-    more = ("--rho-growth", "2") if script is admm_prune else ()
+    more = {admm_prune: ("--rho-growth", "2"), binary_relax: ("--noise", "0.1")}.get(script, ())
     finished, save, count = whole(script, *more), common.Run.save, itertools.count(1)
 
     def stopping(run, *args):
@@ -1339,12 +1702,14 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(whole, tmp_path, monkey
         tiny(tmp_path / "run", *more, script=script)
     monkeypatch.undo()
     torch.manual_seed(12345)                                     # whatever came between
+    if script is not cstar:                                      # one script is enough for the evaluation
+        monkeypatch.setattr(common.Run, "finish", lambda run, *judge, **more: None)
     tiny(tmp_path / "run", *more, "--resume", script=script)
     assert same_weights(finished[0] / "model.pt", tmp_path / "run/model.pt")
     assert same_weights(finished[0] / "dense.pt", tmp_path / "run/dense.pt")
     lines = [[{k: v for k, v in json.loads(line).items() if k not in ("seconds", "output")}
               for line in open(f / "log.jsonl")] for f in (finished[0], tmp_path / "run")]
-    assert lines[0] == lines[1]
+    assert lines[1] == lines[0][:None if script is cstar else -1]
 
 
 def test_resume_of_a_finished_run_prints_its_result_and_other_runs_are_refused(finished, capsys):
@@ -1501,6 +1866,15 @@ def test_admm_wrong_flags_are_one_line_exit_2_and_write_nothing(tmp_path, monkey
     ("--objective mixtrain", "--objective"), ("--sigma 0", "--sigma")])
 def test_hydra_wrong_flags_are_one_line_exit_2_and_write_nothing(tmp_path, monkeypatch, flags, words):
     assert_refused(hydra_prune, flags, words, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--bits 3", "--bits"), ("--ratio 4", "--ratio"), ("--depth 21", "--depth.*6 b"),
+    ("--arch lenet --noise 0.1", "--noise.*enresnet"), ("--arch resnet18 --depth 20", "--depth"),
+    ("--adv-weight 0 --nat-weight 0", "--nat-weight"), ("--adv-weight -1", "--adv-weight"),
+    ("--members 0", "--members"), ("--noise nan", "--noise"), ("--pretrained none.pt", "--pretrained.*none")])
+def test_relax_wrong_flags_are_one_line_exit_2_and_write_nothing(tmp_path, monkeypatch, flags, words):
+    assert_refused(binary_relax, flags, words, tmp_path, monkeypatch)
 
 
 def flipped(data, position):

@@ -1,0 +1,408 @@
+"""Binary-Relax: robust networks with weights of 1, 2 or 4 bits, on ResNets with noise, by a trade-off loss.
+
+Li, Wang, Xin: An Integrated Approach to Produce Robust Models with High Efficiency. 2020, revised 2023, arXiv
+2008.13305. It joins EnResNet (Wang, Yuan, Shi, Osher, NeurIPS 2019, arXiv 1811.10745) with Binary-Relax (Yin,
+Zhang, Lyu, Osher, Qi, Xin, arXiv 1801.06313).
+
+The idea: train float weights, but run the network at a point between them and their quantised values, nearer
+to those every epoch and there at last; noise makes it robust, and clean images in the loss keep it accurate.
+
+  [A]  f(x) = 1/n sum_i net_i(x);  in net_i, after every residual block,  h <- h + a std(h) N(0, 1)
+  [B]  q = Proj(v) = s c, one scale s a tensor:  1 bit   c = sign(v),  s = mean |v|
+         2 bits   c = sign(v) where |v| >= 0.7 mean |v|, else 0;  s = mean |v| over those kept
+         m bits   |c| = min(M, ceil(|v| / s0 - 1/2)), M = 2^(m-1) - 1, s0 = 2 max |v| / (2 M + 1);
+                  s = <|v|, |c|> / <c, c>
+  [C]  w = (lam q + v) / (lam + 1), the proximal point of lam/2 dist(w, Q)^2; the network runs at w
+  [D]  v <- SGD(v, dL/dw):  the gradient is taken at w, the step, its momentum and weight decay act on v
+  [E]  lam <- 350^(1 / switch) lam after every epoch, from 1; from the epoch `switch` on, w = q
+  [F]  L = 8 CE(f_w(x_adv), y) + 1 CE(f_w(x), y),  x_adv by PGD on f_w
+  [G]  an input channel k of a layer is dead where W[:, k] = 0: nothing reads what writes it, and it can go
+The latent weights, the authors' y, are v here; x, y are always image and label.
+
+What is whose. The body of 2008.13305 was not at hand: [A] to [F] are from its authors' code, from Binary-
+Relax's and from EnResNet's, sparsity and dead channels as they count them. Quantised are, as there, all
+convolutions but the 1x1 shortcuts, the first one included; the classifier, batch norm and biases stay float
+(and, for networks that they do not have, hidden linear layers are quantised too). What differs from their
+code: std is that of each image, theirs runs over the batch, so that an image's logits depend on its
+neighbours; their 2-bit scale is a mean over all weights, zeros too, which is no projection; sign(0) is 1;
+PGD sees batch norm's running statistics, and its iterates do not enter them; evaluated is q of the last v,
+on images that are not cropped, and nothing is selected. Noise is on in training, in the attack and in
+evaluation, as theirs. Ours: the schedule, one cycle over both phases instead of steps, and pre-training.
+[F] is not normalised, so that its step is nine times that of --adv-weight 1 --nat-weight 0.
+A network with noise is attacked with EOT, and judged by the mean over 10 draws; that is flagged as random.
+
+  python binary_relax.py --dataset digits --bits 2     two minutes on two CPU cores, no network
+  python binary_relax.py --depth 56 --bits 4           CIFAR-10, En1ResNet56, for a GPU
+  python binary_relax.py --depth 56 --bits 4 --pretrain-epochs 0 --relax-epochs 120 --finetune-epochs 80
+      --relax-lr 0.1 --batch-size 128 --epsilon 0.031 --step-size 0.007         the authors' length and attack
+The authors' README, channel sparsity by [F] (bits not said): En1ResNet56 on CIFAR-10 33.18 %, En2ResNet56 on
+CIFAR-100 43.94 %. No accuracy of theirs is known to us. What we measured is in README.md.
+"""
+import contextlib
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import (NETWORKS, RECIPES, Fault, Parser, Run, UsageFault, autocast, build_network,
+                    channel_groups, cli, conv3x3, evaluate, load_data, load_pretrained, network_of, number,
+                    per_cent, pgd, prepare, radius, resized, resolve, save_model, sgd, whole,
+                    without_channels)
+
+
+def get_args(argv=None):
+    parser = Parser(__doc__, prog=Path(__file__).name)
+    run = parser.add_argument_group("run")
+    run.add_argument("--dataset", default="cifar10", help="digits, mnist, cifar10, cifar100, svhn, a folder")
+    run.add_argument("--data-dir", default="data", help="where data sets are looked for and downloaded to")
+    run.add_argument("--workers", type=whole(1, 256), default=8, help="threads that decode class folders")
+    run.add_argument("--train-images", type=whole(0), default=0, help="balanced subset to train on; 0 is all")
+    run.add_argument("--eval-images", type=whole(0), help="the same of the test set (default: 1000 on a CPU)")
+    run.add_argument("--arch", choices=("enresnet", *NETWORKS), default="enresnet")
+    run.add_argument("--width", type=whole(1, 64), help="16 is the standard network")
+    run.add_argument("--seed", type=whole(0), default=0)
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    run.add_argument("--output", help="the run's folder (default: runs/ and a name made of the flags)")
+    run.add_argument("--resume", action="store_true", help="continue the run in --output")
+    run.add_argument("--pretrained", help="a dense.pt to start from; skips pre-training")
+    train = parser.add_argument_group("training (defaults depend on the data set: RECIPES in common.py)")
+    train.add_argument("--pretrain-epochs", type=whole(0, 10000), help="of float weights")
+    train.add_argument("--finetune-epochs", type=whole(0, 10000), help="after the switch")
+    train.add_argument("--batch-size", type=whole(2, 65536))
+    train.add_argument("--lr", type=number(1e-8, 10), help="peak learning rate of pre-training")
+    train.add_argument("--momentum", type=number(0, 0.999), default=0.9)
+    train.add_argument("--weight-decay", type=number(0, 1), default=5e-4)
+    train.add_argument("--amp", choices=("auto", "on", "off"), default="auto", help="bfloat16 in training")
+    train.add_argument("--compile", action="store_true", help="torch.compile the network in training")
+    attack = parser.add_argument_group("attack (l_inf; pixels are in [0, 1])")
+    attack.add_argument("--epsilon", type=radius, help="radius, such as 8/255")
+    attack.add_argument("--step-size", type=radius)
+    attack.add_argument("--num-steps", type=whole(0, 10000), help="PGD steps in training")
+    attack.add_argument("--ramp-epochs", type=whole(0, 10000), help="first epochs, in which the radius grows")
+    attack.add_argument("--eval-steps", type=whole(1, 10000), help="PGD steps in evaluation (50; noise: 20)")
+    attack.add_argument("--restarts", type=whole(1, 1000), help="random starts in evaluation (5; noise: 1)")
+    attack.add_argument("--eot", type=whole(1, 1000), default=10, help="passes a gradient, with noise")
+    paper = parser.add_argument_group("Binary-Relax, EnResNet and the trade-off loss")
+    paper.add_argument("--bits", type=int, choices=(1, 2, 4, 32), default=2, help="a weight; 32 is float")
+    paper.add_argument("--method", choices=("br", "bc"), default="br", help="bc, BinaryConnect: w = q always")
+    paper.add_argument("--relax-epochs", type=whole(0, 10000), help="before the switch to quantised weights")
+    paper.add_argument("--relax-lr", type=number(1e-8, 10), help="peak rate after it (default: half of --lr)")
+    paper.add_argument("--adv-weight", type=number(0, 1000), default=8.0, help="of adversarial images")
+    paper.add_argument("--nat-weight", type=number(0, 1000), default=1.0, help="of clean images")
+    paper.add_argument("--depth", type=whole(8, 1202), help="6 b + 2 layers of an enresnet (default: 20)")
+    paper.add_argument("--members", type=whole(1, 100), help="networks in an enresnet (default: 1)")
+    paper.add_argument("--noise", type=number(0, 10), help="a of an enresnet (default: 0.1)")
+    args = parser.parse_args(argv)
+    recipe, ensemble = RECIPES.get(args.dataset, RECIPES["cifar10"]), args.arch == "enresnet"
+    epochs = recipe["compress_epochs"] + recipe["finetune_epochs"]         # the authors switch at 120 of 200
+    resolve(parser, args, "relax_epochs", relax_epochs=round(0.6 * epochs),
+            finetune_epochs=epochs - round(0.6 * epochs), **(dict(width=16) if ensemble else {}))
+    args.relax_lr = args.relax_lr or args.lr / 2
+    for flag, value in dict(depth=20, members=1, noise=0.1).items():
+        if ensemble and getattr(args, flag) is None:
+            setattr(args, flag, value)
+        if not ensemble and getattr(args, flag):
+            parser.error(f"argument --{flag}: is for --arch enresnet, not {args.arch}")
+    if ensemble and args.depth % 6 != 2:
+        parser.error(f"argument --depth: {args.depth} is not 6 b + 2, such as 20, 56 or 110")
+    if not args.adv_weight + args.nat_weight:
+        parser.error("argument --nat-weight: not both weights can be 0")
+    args.eval_steps = args.eval_steps or (20 if args.noise else 50)
+    args.restarts = args.restarts or (1 if args.noise else 5)
+    args.ramp_epochs = 0 if args.pretrained else args.ramp_epochs
+    return args
+
+
+# ---------------------------------------------------------------- the network
+
+class NoisyBlock(nn.Module):
+    """A pre-activation residual block, then noise [A]."""
+    def __init__(self, c_in, c_out, stride, noise):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(c_in), conv3x3(c_in, c_out, stride)
+        self.bn2, self.conv2 = nn.BatchNorm2d(c_out), conv3x3(c_out, c_out)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False) if c_in != c_out else None
+        self.noise = noise
+
+    def forward(self, x):
+        h = F.relu(self.bn1(x))
+        out = self.conv2(F.relu(self.bn2(self.conv1(h)))) + (self.shortcut(h) if self.shortcut else x)
+        return add_noise(out, self.noise) if self.noise else out
+
+
+def add_noise(h, a):
+    """[A] h (B, C, H, W) + a std(h) N(0, 1), std that of each image; drawn anew in every pass, in
+    training or not. Gradients flow through std."""
+    b, c, height, width = h.shape                                # torch.std is far slower on a CPU
+    flat, wide = h.permute(0, 2, 3, 1).flatten(1), torch.promote_types(h.dtype, torch.float32)  # (B, H W C)
+    mean, norm = flat.mean(1, dtype=wide), torch.linalg.vector_norm(flat, dim=1, dtype=wide)
+    n = flat.shape[1]
+    std = ((norm.square() / n - mean.square()).clamp(min=0) * n / (n - 1) + 1e-12).sqrt()
+    noise = torch.randn(b, height, width, c, device=h.device).permute(0, 3, 1, 2)    # channels last
+    return h + (a * std).to(h.dtype).view(b, 1, 1, 1) * noise.to(h.dtype)
+
+
+class PreActResNet(nn.Module):
+    """A CIFAR ResNet of depth 6 b + 2: three stages of b blocks with width, 2 width, 4 width channels."""
+    def __init__(self, depth, width, channels, classes, noise):
+        super().__init__()
+        c, blocks = width, []
+        self.conv1 = conv3x3(channels, c)
+        for stage in range(3):
+            for i in range(depth // 6):
+                c_out = width * 2**stage
+                blocks.append(NoisyBlock(c, c_out, 2 if stage and not i else 1, noise))
+                c = c_out
+        self.blocks, self.bn, self.fc = nn.Sequential(*blocks), nn.BatchNorm2d(c), nn.Linear(c, classes)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.normal_(m.weight, 0, math.sqrt(2 / (m.weight[0, 0].numel() * m.out_channels)))
+
+    def forward(self, x):
+        h = F.relu(self.bn(self.blocks(self.conv1(x))))
+        return self.fc(h.mean((2, 3)))
+
+
+class EnResNet(nn.Module):
+    """[A] The mean of the members' logits; they share no weights, and each draws noise of its own."""
+    def __init__(self, depth, members, noise, width, channels, classes):
+        super().__init__()
+        self.members = nn.ModuleList(PreActResNet(depth, width, channels, classes, noise)
+                                     for _ in range(members))
+
+    def forward(self, x):
+        return torch.stack([member(x) for member in self.members]).mean(0)
+
+
+def make_network(arch, size, **network):
+    """An EnResNet, or a network of common.py."""
+    if arch != "enresnet":
+        return build_network(arch, size=size, **network)
+    if min(size) < 4:
+        raise UsageFault(f"argument --arch: enresnet is too deep for {size[0]}x{size[1]}; its least is 4")
+    return EnResNet(**network)
+
+
+def build(artifact):
+    """The network of a model.pt, or of an EnResNet's dense.pt."""
+    state = dict(artifact["state"])
+    for name, codes in unpack(artifact.get("codes"), artifact.get("shapes_of_codes", {}),
+                              artifact.get("bits_of_codes")).items():
+        state[name] = state.pop(f"{name}.scale") * codes
+    return resized(make_network(**artifact["network"]), state)
+
+
+# ---------------------------------------------------------------- the method
+
+def quantisable(model):
+    """{name: weight} of all convolutions but the 1x1 shortcuts, and of hidden linear layers."""
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    classifiers = [m.fc for m in model.members] if isinstance(model, EnResNet) else [layers[-1][1]]
+    return {f"{name}.weight": m.weight for name, m in layers
+            if m not in classifiers and getattr(m, "kernel_size", None) != (1, 1)}
+
+
+def project(v, bits):
+    """[B] codes, like v, and the scale (); q = scale * codes. All-zero v has scale 0."""
+    a = v.abs()
+    if bits == 1:
+        return torch.where(v < 0, -1.0, 1.0).to(v), a.mean()
+    if bits == 2:
+        kept = a >= 0.7 * a.mean()
+        return v.sign() * kept, (a * kept).sum() / kept.sum()
+    levels = 2**(bits - 1) - 1
+    step = (2 * a.max() / (2 * levels + 1)).clamp(min=torch.finfo(v.dtype).tiny)
+    codes = (a / step - 0.5).ceil().clamp(0, levels)
+    return v.sign() * codes, (a * codes).sum() / codes.square().sum().clamp(min=1)
+
+
+def relax(v, bits, lam):
+    """[C] w, a new tensor; lam = inf gives q."""
+    codes, scale = project(v, bits)
+    return scale * codes if math.isinf(lam) else (lam * scale * codes + v) / (lam + 1)
+
+
+@contextlib.contextmanager
+def relaxed(weights, bits, lam):
+    """Within it the parameters in `weights` hold w [C]; afterwards, whatever happened, v as before."""
+    latent = [w.detach().clone() for w in weights]
+    try:
+        with torch.no_grad():
+            for w, v in zip(weights, latent):
+                w.copy_(relax(v, bits, lam))
+        yield
+    finally:
+        with torch.no_grad():
+            for w, v in zip(weights, latent):
+                w.copy_(v)
+
+
+def sparsity(weights):
+    """Per cent of zero weights, and of dead input channels [G], of tensors (S, C, ...) all together."""
+    zero = torch.cat([(w == 0).flatten() for w in weights])
+    dead = torch.cat([(w == 0).transpose(0, 1).flatten(1).all(1) for w in weights])
+    return dict(sparsity=per_cent(zero), channel_sparsity=per_cent(dead))
+
+
+def without_dead(model, state):
+    """[G] The state without the channels that no layer reads, of which each group keeps one at least. In an
+    EnResNet these are channels within blocks: those between blocks also enter the noise and the sum."""
+    groups = [({f"{name}.conv1": f"{name}.bn2"}, [], [f"{name}.conv2"])
+              for name, m in model.named_modules() if isinstance(m, NoisyBlock)]
+    groups = groups if isinstance(model, EnResNet) else channel_groups(model)
+    for group in reversed(groups):                               # a removed reader may leave its inputs dead
+        writers, _, readers = group
+        count = len(state[f"{next(iter(writers))}.weight"])
+        weights = [state[f"{name}.weight"] for name in readers]
+        read = [w.reshape(len(w), count, -1).transpose(0, 1).flatten(1) for w in weights]    # (channels, ...)
+        alive = torch.cat(read, 1).any(1)
+        alive[0] |= not alive.any()
+        state = without_channels(state, [group], [alive])
+    return state
+
+
+def pack(codes, bits):
+    """Codes, a list of tensors of project's -> uint8 (bytes,): `bits` each, every tensor padded to bytes."""
+    packed = [torch.empty(0, dtype=torch.uint8)]
+    for c in codes:
+        c = (c.flatten() > 0 if bits == 1 else c.flatten() + 2**(bits - 1) - 1).to(torch.uint8)
+        c = F.pad(c, (0, -len(c) % (8 // bits))).view(-1, 8 // bits)
+        packed.append((c << torch.arange(0, 8, bits, dtype=torch.uint8)).sum(1, dtype=torch.uint8))
+    return torch.cat(packed)
+
+
+def unpack(packed, shapes, bits):
+    """What pack was given, {name: float tensor} of those shapes; ValueError where the bytes do not fit."""
+    codes = {}
+    for name, shape in shapes.items():
+        count = math.prod(shape)
+        size = -(-count * bits // 8)
+        if size > len(packed):
+            raise ValueError("codes are missing")
+        part, packed = packed[:size, None], packed[size:]
+        c = (part >> torch.arange(0, 8, bits, dtype=torch.uint8)) & 2**bits - 1
+        c = c.flatten()[:count].float().view(shape)
+        codes[name] = 2 * c - 1 if bits == 1 else c - (2**(bits - 1) - 1)
+    if shapes and len(packed):
+        raise ValueError(f"{len(packed)} bytes of codes too many")
+    return codes
+
+
+def encode(model, bits):
+    """q of a network that holds v, as build() reads it: the state, with scales instead of quantised weights
+    and without dead channels; the codes, packed; and the sparsity of q, in per cent."""
+    state, targets = {name: t.detach().cpu() for name, t in model.state_dict().items()}, quantisable(model)
+    scales = {}
+    for name in targets if bits < 32 else ():
+        if not state[name].isfinite().all():
+            raise Fault(f"{name} is not finite: training has diverged (try a lower --lr, or --amp off)")
+        state[name], scale = project(state[name], bits)                  # [B]
+        scales[f"{name}.scale"] = scale[None]
+    found = sparsity([state[name] for name in targets])
+    state = without_dead(model, state)
+    codes = {name: state.pop(name) for name in targets} if scales else {}
+    return state | scales, dict(codes=pack(codes.values(), bits), bits_of_codes=bits,
+                                shapes_of_codes={name: list(c.shape) for name, c in codes.items()}), found
+
+
+# ---------------------------------------------------------------- training
+
+def train_epoch(model, batches, optimizer, schedule, args, weights=(), lam=math.inf, strength=1.0):
+    """One epoch at the relaxed `weights` [C], none of which is float training. The attack's radius and step
+    are multiplied by `strength`. Returns what is logged: mean loss [F], per cent right on the adversarial
+    images of training, and on clean ones where they are in the loss."""
+    total, right, n = 0, {}, 0
+    for x, y in batches:
+        with relaxed(weights, args.bits, lam):                       # [C]
+            with autocast(args):
+                model.eval()                                     # the attack sees fixed batch-norm statistics
+                terms = []
+                if args.adv_weight:
+                    x_adv = pgd(model, x, y, strength * args.epsilon, strength * args.step_size,
+                                args.num_steps)
+                    terms.append(("robust", args.adv_weight, x_adv))
+                if args.nat_weight:
+                    terms.append(("clean", args.nat_weight, x))
+                model.train()
+                logits = [model(images) for _, _, images in terms]
+            loss = sum(weight * F.cross_entropy(out.float(), y)                                      # [F]
+                       for (_, weight, _), out in zip(terms, logits))
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()                                             # [D] on v
+        schedule.step()
+        total, n = total + loss.detach() * len(y), n + len(y)
+        for (name, _, _), out in zip(terms, logits):
+            right[name] = right.get(name, 0) + (out.argmax(1) == y).sum()
+    if not math.isfinite(total):
+        raise Fault("the training loss is not finite: training has diverged (try a lower --lr, or --amp off)")
+    return dict(loss=total.item() / n, **{f"train_{k}_acc": 100 * r.item() / n for k, r in right.items()})
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    args = get_args(argv)
+    data = load_data(args)
+    network, maker = network_of(args, data), "common"
+    if args.arch == "enresnet":                                      # which common.py cannot build again
+        network |= dict(depth=args.depth, members=args.members, noise=args.noise)
+        maker = Path(__file__).stem
+    model = make_network(**network)
+    if args.pretrained:
+        load_pretrained(model, args.pretrained, network, maker)
+    run = Run(args, data, __file__, argv)
+    if run.result:
+        return run.result
+    model = prepare(model, args)
+    weights = list(quantisable(model).values()) if args.bits < 32 else []
+
+    def strength(epoch):                                             # of the attack, in its first epochs
+        return min(1.0, (epoch + 1) / max(1, args.ramp_epochs))
+
+    # Phase 1: a dense robust network of float weights.
+    optimizer, schedule = sgd(model, args.lr, args.pretrain_epochs, data, args)
+    for epoch in run.epochs("pretrain", args.pretrain_epochs,
+                            model=model, optimizer=optimizer, schedule=schedule):
+        fields = train_epoch(model, run.batches(), optimizer, schedule, args, strength=strength(epoch))
+        run.log(epoch=epoch + 1, **fields, strength=strength(epoch))
+    run.once("dense", lambda: save_model(run.folder / "dense.pt", maker, network, model, args))
+
+    def zeros():                                                     # of q, for the log
+        return sparsity([project(w.detach(), args.bits)[0] for w in weights]) if weights else {}
+
+    # Phase 2: relaxed weights, ever nearer to quantised ones. The model holds v between the steps.
+    optimizer, schedule = sgd(model, args.relax_lr, args.relax_epochs + args.finetune_epochs, data, args)
+    states = dict(model=model, optimizer=optimizer, schedule=schedule)
+    for epoch in run.epochs("relax", args.relax_epochs, **states):
+        lam = 350 ** (epoch / args.relax_epochs) if args.method == "br" else math.inf                # [E]
+        power = strength(args.pretrain_epochs + epoch)
+        fields = train_epoch(model, run.batches(), optimizer, schedule, args, weights, lam, power)
+        run.log(epoch=epoch + 1, lam=lam, **fields, **zeros(), strength=power)
+
+    # Phase 3: after the switch, quantised weights; lam = inf.
+    for epoch in run.epochs("finetune", args.finetune_epochs, **states):
+        power = strength(args.pretrain_epochs + args.relax_epochs + epoch)
+        fields = train_epoch(model, run.batches(), optimizer, schedule, args, weights, strength=power)
+        run.log(epoch=epoch + 1, **fields, **zeros(), strength=power)
+
+    # The file: q of the last v, as codes and scales.
+    state, codes, found = encode(model, args.bits)
+    save_model(run.folder / "model.pt", run.script, network, model, args, state=state, **codes)
+
+    def judge(model, robust):
+        """The authors' attacks: FGSM, 20 steps of I-FGSM (theirs of 1/255 at 8/255), and C&W's loss."""
+        attack = dict(epsilon=args.epsilon, random_start=False, eot=1, seed=args.seed)
+        attacks = dict(fgsm=dict(step_size=args.epsilon, num_steps=1),
+                       ifgsm=dict(step_size=args.epsilon / 8, num_steps=20),
+                       margin=dict(step_size=args.epsilon / 8, num_steps=20, loss="margin"))
+        judged = {name: evaluate(model, data.test, **attack, **more) for name, more in attacks.items()}
+        return {f"{name}_acc": j["robust_acc"] for name, j in judged.items()} | {
+            "attacks": {name: j["attack"] for name, j in judged.items()}}
+    return run.finish(judge, **found)
+
+
+if __name__ == "__main__":
+    cli(main)
