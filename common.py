@@ -1250,8 +1250,8 @@ def compare_command(args):
         if len({run["args"]["seed"] for run in runs}) < len(runs):
             raise Fault(f"one run twice, or two of one seed: {' '.join(run['folder'] for run in runs)}")
     sets = [json.loads(row) for row in rows]
-    told = [k for k in sets[0] if k in ("dataset", "arch", "width", "ratio")
-            or len({str(s.get(k)) for s in sets}) > 1]
+    told = {k for k in {k for same in sets for k in same} if len({s[k] for s in sets if k in s}) > 1}
+    told = sorted(told | {"dataset", "arch", "width", "ratio", "bits"} - {"script"})
 
     def mean(runs, *path, digits=1):
         values = [functools.reduce(lambda value, key: value[key], path, run) for run in runs]
@@ -1260,13 +1260,15 @@ def compare_command(args):
 
     heads = ["run", "dense clean, robust %", "clean %", "robust %", "95 % interval", "bytes", "bytes x",
              "nonzeros x", "MACs x", "batch 1 ms", "dense ms", "flags", "folder"]
-    verified = any("verified_acc" in run for row in rows.values() for run in row)
-    if verified:
-        heads[4:4] = ["verified %", "dense verified %"]
+    more = {"verified_acc": "verified %", "fgsm_acc": "FGSM %", "ifgsm_acc": "I-FGSM %",
+            "margin_acc": "margin loss %", "sparsity": "zeros %", "channel_sparsity": "dead channels %"}
+    more = {k: head for k, head in more.items() if any(k in run for runs in rows.values() for run in runs)}
+    heads[4:4], heads[1] = more.values(), heads[1].replace(" %", ", verified %" * ("verified_acc" in more) or " %")
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for same, runs in zip(sets, rows.values()):
-        cells = [" ".join([same["script"], *(f"{k}={same.get(k)}" for k in told if k != "script")]),
-                 f"{mean(runs, 'dense', 'clean_acc')}, {mean(runs, 'dense', 'robust_acc')}",
+        cells = [" ".join([same["script"], *(f"{k}={same[k]}" for k in told if k in same)]),
+                 ", ".join(mean(runs, "dense", k) for k in ("clean_acc", "robust_acc", "verified_acc")
+                           if all(k in run["dense"] for run in runs)),
                  mean(runs, "clean_acc"), mean(runs, "robust_acc"),
                  "{} to {}".format(*runs[0]["robust_ci"]) if len(runs) == 1 else f"{len(runs)} seeds",
                  mean(runs, "bytes", digits=0), mean(runs, "bytes_ratio"), mean(runs, "nonzeros_ratio"),
@@ -1274,10 +1276,7 @@ def compare_command(args):
                  mean(runs, "latency_ms", "batch_1", "dense"),
                  "; ".join(sorted({flag for run in runs for flag in run["flags"]})) or "none",
                  " ".join(run["folder"] for run in runs)]
-        if verified:
-            known = all("verified_acc" in run for run in runs)
-            cells[4:4] = ([mean(runs, "verified_acc"), mean(runs, "dense", "verified_acc")] if known
-                          else ["not known"] * 2)
+        cells[4:4] = [mean(runs, k) if all(k in run for run in runs) else "" for k in more]
         print("| " + " | ".join(cells) + " |")
     if args.plot:
         if not importlib.util.find_spec("matplotlib") or not args.plot.endswith((".png", ".pdf", ".svg")):
