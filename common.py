@@ -4,6 +4,7 @@ Nothing in this file belongs to one paper. A network takes images in [0, 1], (N,
 
   python common.py evaluate runs/DIR/model.pt   judges a saved network: PGD, margin loss, transfer, AutoAttack
   python common.py compare runs/*               one Markdown table over finished runs of all scripts
+  python common.py bench                        what a training step costs, and what each paper adds to it
 """
 import argparse
 import contextlib
@@ -910,7 +911,8 @@ def save_model(path, script, network, model, args, state=None, **more):
         values.append(t[kept])
         if forms[name] != "all":
             bits.append(kept.flatten(1)[0] if forms[name] == "columns" else kept.flatten())
-    judged = {k: getattr(args, k) for k in ("dataset", "epsilon", "step_size", "eval_steps", "restarts")}
+    judged = ("dataset", "epsilon", "step_size", "eval_steps", "restarts", "eot")
+    judged = {k: getattr(args, k) for k in judged if k in args}
     save_file(path, dict(
         format=1, script=script, network=network, judged=judged, **more, values=torch.cat(values),
         bits=torch.from_numpy(np.packbits(torch.cat(bits).numpy()) if bits else np.empty(0, np.uint8)),
@@ -1167,7 +1169,7 @@ class Run:
         return self.result
 
 
-# ---------------------------------------------------------------- python common.py evaluate | compare
+# ---------------------------------------------------------------- python common.py evaluate | compare | bench
 
 def main(argv=None):
     parser = Parser(__doc__)
@@ -1182,6 +1184,7 @@ def main(argv=None):
     p.add_argument("--step-size", type=radius)
     p.add_argument("--eval-steps", type=whole(1, 10000))
     p.add_argument("--restarts", type=whole(1, 1000))
+    p.add_argument("--eot", type=whole(1, 1000), help="passes a gradient, of a random network (default: 10)")
     p.add_argument("--loss", choices=LOSSES, default="ce", help="margin is Carlini and Wagner's in l_inf")
     p.add_argument("--source", help="another saved network, whose PGD examples are tried too")
     p.add_argument("--autoattack", action="store_true", help="needs the package pyautoattack")
@@ -1190,8 +1193,17 @@ def main(argv=None):
     p = commands.add_parser("compare", description="Prints one Markdown table over finished runs.")
     p.add_argument("folders", nargs="+", help="with a result.json; those differing by seed alone share a row")
     p.add_argument("--plot", help="file for a picture of robust accuracy against bytes; needs matplotlib")
+    p = commands.add_parser("bench", description="Times training steps, in turn, on random images.")
+    p.add_argument("--arch", choices=NETWORKS, default="resnet18")
+    p.add_argument("--width", type=whole(1, 64), default=16)
+    p.add_argument("--batch-size", type=whole(2, 65536), default=128)
+    p.add_argument("--num-steps", type=whole(0, 10000), default=10, help="PGD steps")
+    p.add_argument("--rounds", type=whole(1, 1000), default=5, help="of which medians are taken")
+    p.add_argument("--amp", choices=("auto", "on", "off"), default="auto")
+    p.add_argument("--compile", action="store_true", help="time the compiled step too")
+    p.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
-    return evaluate_command(args) if args.command == "evaluate" else compare_command(args)
+    return dict(evaluate=evaluate_command, compare=compare_command, bench=bench_command)[args.command](args)
 
 
 def evaluate_command(args):
@@ -1213,10 +1225,11 @@ def evaluate_command(args):
         source.to(args.device, memory_format=torch.channels_last)
     model.to(args.device, memory_format=torch.channels_last)
     attack = dict(epsilon=args.epsilon, step_size=args.step_size, num_steps=args.eval_steps, seed=args.seed)
+    random = attack | dict(eot=args.eot or 10)
     result = dict(model=args.model, script=artifact["script"], dataset=args.dataset,
                   bytes=os.path.getsize(args.model),
-                  **evaluate(model, data.test, restarts=args.restarts, loss=args.loss, **attack),
-                  flags=sanity_flags(model, data.test, **attack))
+                  **evaluate(model, data.test, restarts=args.restarts, loss=args.loss, **random),
+                  flags=sanity_flags(model, data.test, **random))
     if args.source:
         result["transfer_acc"] = transfer(model, source, data.test, **attack)
         if result["robust_acc"] - result["transfer_acc"] > max(2, 300 / result["images"]):
@@ -1263,7 +1276,8 @@ def compare_command(args):
     more = {"verified_acc": "verified %", "fgsm_acc": "FGSM %", "ifgsm_acc": "I-FGSM %",
             "margin_acc": "margin loss %", "sparsity": "zeros %", "channel_sparsity": "dead channels %"}
     more = {k: head for k, head in more.items() if any(k in run for runs in rows.values() for run in runs)}
-    heads[4:4], heads[1] = more.values(), heads[1].replace(" %", ", verified %" * ("verified_acc" in more) or " %")
+    heads[4:4] = more.values()
+    heads[1] = "dense clean, robust, verified %" if "verified_acc" in more else heads[1]
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for same, runs in zip(sets, rows.values()):
         cells = [" ".join([same["script"], *(f"{k}={same[k]}" for k in told if k in same)]),
@@ -1293,6 +1307,121 @@ def compare_command(args):
         axes.legend()
         axes.figure.savefig(args.plot, dpi=120, bbox_inches="tight")
     return list(rows.values())
+
+
+def naive_step(model, optimizer, x, y, epsilon, step_size, num_steps):
+    """Adversarial training as it is often written: float32, train mode throughout, and gradients of all
+    weights in every step of the attack."""
+    model.train()
+    x_adv = (x + epsilon * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
+    for _ in range(num_steps):
+        x_adv.requires_grad_()
+        F.cross_entropy(model(x_adv), y).backward()
+        x_adv = x_adv.detach() + step_size * x_adv.grad.sign()
+        x_adv = x_adv.clamp(x - epsilon, x + epsilon).clamp(0, 1)
+    optimizer.zero_grad()
+    F.cross_entropy(model(x_adv), y).backward()
+    optimizer.step()
+
+
+def bench_command(args):
+    """Times one training step in its naive form, as the scripts have it and, with --compile, compiled; and
+    with what each paper adds. All take turns; printed are medians over the rounds, of times and of ratios."""
+    import admm_prune
+    import binary_relax
+    import cstar
+    import hydra_prune
+    device, generator = check_device(args.device), torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (args.batch_size, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    pair = images.to(device), torch.randint(0, 10, (args.batch_size,), generator=generator).to(device)
+    data, batch = Data(pair, pair, list("0123456789")), (to_float(pair[0]), pair[1])
+    flags = [f"--{k.replace('_', '-')}={getattr(args, k)}" for k in
+             ("arch", "width", "batch_size", "num_steps", "amp")] + [f"--device={device}"]
+
+    def step_of(script, with_method=lambda model: {}, *more):
+        """A function that does one step of a script's training, and the object of its method."""
+        settings = script.get_args([*flags, *more])
+        torch.manual_seed(0)
+        model = prepare(build_network(args.arch, args.width, 3, 10, (32, 32)), settings)
+        extra = with_method(model)
+        optimizer, schedule = sgd(extra.get("scores", model), 1e-4, 10**6, data, settings)
+        return lambda: script.train_epoch(model, [batch], optimizer, schedule, settings, **extra)
+
+    def factors(model):
+        layers = cstar.factorisable(model)
+        weights = {name: m.weight.detach().cpu() for name, m in layers.items()}
+        ranks = cstar.choose_ranks(weights, cstar.parameter_budget(model, 8), "hull")
+        updates["cstar"] = cstar.ADMM(layers, ranks, 0.1)
+        return dict(penalty=updates["cstar"].penalty)
+
+    def filters(model):
+        def choose(weights):
+            return admm_prune.choose_masks(weights, "filter", 4)
+        updates["admm_prune"] = admm_prune.ADMM(admm_prune.prunable(model), choose, 0.1)
+        return dict(penalty=updates["admm_prune"].penalty)
+
+    def scores(model):
+        return dict(scores=hydra_prune.Scores(model, "irregular", 10).to(device))
+
+    def weights(model):
+        return dict(weights=list(binary_relax.quantisable(model).values()), lam=2.0)
+
+    updates, plain = {}, build_network(args.arch, args.width, 3, 10, (32, 32)).to(device)
+    optimizer, settings = torch.optim.SGD(plain.parameters(), 1e-4, 0.9), cstar.get_args(flags)
+    attack = settings.epsilon, settings.step_size, settings.num_steps
+    inputs = batch[0].contiguous(), batch[1], *attack
+    steps = {"naive": lambda: naive_step(plain, optimizer, *inputs), "default": step_of(cstar)}
+    if args.compile:
+        steps["compiled"] = step_of(cstar, lambda model: {}, "--compile")
+    pairs = {"cstar": ("default", factors), "admm_prune": ("default", filters),
+             "hydra_prune": ("hydra_prune without", scores),
+             "binary_relax": ("binary_relax without", weights)}
+    for name, (without, method) in pairs.items():
+        script = importlib.import_module(name)
+        if without not in steps:
+            steps[without] = step_of(script)
+        steps[name] = step_of(script, method)
+
+    def seconds(function):
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        function()
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - begin
+
+    times, memory = {name: [] for name in steps}, {}
+    for turn in range(args.rounds + 1):                              # the first warms up, and compiles
+        for name, step in progress(list(steps.items()), f"round {turn}/{args.rounds}", len(steps)):
+            if device != "cpu":
+                torch.cuda.reset_peak_memory_stats(device)
+            times[name].append(seconds(step))
+            memory[name] = None if device == "cpu" else torch.cuda.max_memory_allocated(device)
+    times = {name: t[1:] for name, t in times.items()}
+
+    def ratio(a, b):
+        return statistics.median(x / y for x, y in zip(times[a], times[b]))
+
+    result = dict(arch=args.arch, width=args.width, batch_size=args.batch_size, num_steps=args.num_steps,
+                  device="cpu" if device == "cpu" else torch.cuda.get_device_name(device),
+                  threads=torch.get_num_threads(), torch=torch.__version__, rounds=args.rounds,
+                  bfloat16_but_in_naive=settings.amp, steps={}, added_per_cent={},
+                  tf32_in_naive=device != "cpu" and torch.backends.cudnn.allow_tf32)
+    for name, t in times.items():
+        middle = statistics.median(t)
+        result["steps"][name] = dict(
+            seconds=round(middle, 4), images_per_second=round(args.batch_size / middle, 1),
+            times_naive=round(ratio("naive", name), 2), gpu_memory_bytes=memory[name])
+    per_epoch = 50000 // args.batch_size
+    for name, (without, _) in pairs.items():
+        result["added_per_cent"][name] = added = {"a step": round(100 * (ratio(name, without) - 1), 1)}
+        if name in updates:
+            update = statistics.median(seconds(updates[name].update) for _ in range(3))
+            added |= {"update_seconds": round(update, 3), "an update each 50,000 images": round(
+                100 * update / per_epoch / statistics.median(times[without]), 2)}
+    print(json.dumps(result, indent=1))
+    return result
 
 
 if __name__ == "__main__":
