@@ -5,31 +5,33 @@ Li, Wang, Xin: An Integrated Approach to Produce Robust Models with High Efficie
 Zhang, Lyu, Osher, Qi, Xin, arXiv 1801.06313).
 
 The idea: train float weights, but run the network at a point between them and their quantised values, nearer
-to those every epoch and there at last; noise makes it robust, and clean images in the loss keep it accurate.
+to those every epoch and there at last; adversarially, with noise, and with clean images in the loss too.
 
   [A]  f(x) = 1/n sum_i net_i(x);  in net_i, after every residual block,  h <- h + a std(h) N(0, 1)
-  [B]  q = Proj(v) = s c, one scale s a tensor:  1 bit   c = sign(v),  s = mean |v|
+  [B]  q = Proj(v) = s c in Q, one scale s >= 0 a tensor, codes c of few values:
+         1 bit    c = sign(v);  s = mean |v|
          2 bits   c = sign(v) where |v| >= 0.7 mean |v|, else 0;  s = mean |v| over those kept
          m bits   |c| = min(M, ceil(|v| / s0 - 1/2)), M = 2^(m-1) - 1, s0 = 2 max |v| / (2 M + 1);
                   s = <|v|, |c|> / <c, c>
-  [C]  w = (lam q + v) / (lam + 1), the proximal point of lam/2 dist(w, Q)^2; the network runs at w
+  [C]  w = (lam q + v) / (lam + 1), where the network runs; the proximal point of lam/2 dist(w, Q)^2 if q is
+         the nearest of Q, as for 1 bit; the other two are the authors' rules, near it
   [D]  v <- SGD(v, dL/dw):  the gradient is taken at w, the step, its momentum and weight decay act on v
-  [E]  lam <- 350^(1 / switch) lam after every epoch, from 1; from the epoch `switch` on, w = q
+  [E]  lam <- 350^(1 / switch) lam after every epoch, from 1; from epoch switch = --relax-epochs on, w = q
   [F]  L = 8 CE(f_w(x_adv), y) + 1 CE(f_w(x), y),  x_adv by PGD on f_w
-  [G]  an input channel k of a layer is dead where W[:, k] = 0: nothing reads what writes it, and it can go
+  [G]  an input channel k of a layer is dead where W[:, k] = 0; what writes it goes where none else reads it
 The latent weights, the authors' y, are v here; x, y are always image and label.
 
-What is whose. The body of 2008.13305 was not at hand: [A] to [F] are from its authors' code, from Binary-
-Relax's and from EnResNet's, sparsity and dead channels as they count them. Quantised are, as there, all
-convolutions but the 1x1 shortcuts, the first one included; the classifier, batch norm and biases stay float
-(and, for networks that they do not have, hidden linear layers are quantised too). What differs from their
-code: std is that of each image, theirs runs over the batch, so that an image's logits depend on its
-neighbours; their 2-bit scale is a mean over all weights, zeros too, which is no projection; sign(0) is 1;
-PGD sees batch norm's running statistics, and its iterates do not enter them; evaluated is q of the last v,
-on images that are not cropped, and nothing is selected. Noise is on in training, in the attack and in
-evaluation, as theirs. Ours: the schedule, one cycle over both phases instead of steps, and pre-training.
-[F] is not normalised, so that its step is nine times that of --adv-weight 1 --nat-weight 0.
-A network with noise is attacked with EOT, and judged by the mean over 10 draws; that is flagged as random.
+What is whose. The body of 2008.13305 was not at hand: [A] to [G] are from its authors' code, from Binary-
+Relax's and from EnResNet's. Quantised are, as there, all convolutions but the 1x1 shortcuts, the first one
+included, and in the networks of common.py hidden linear layers too; the rest stays float. What differs from
+the authors' code: std is that of each image, theirs runs over the batch, so that an image's logits depend on
+its neighbours; their 2-bit scale is a mean over all weights, zeros too, which is no projection; sign(0) is 1;
+PGD sees batch norm's running statistics, and its iterates do not enter them; evaluated is q of the last v, on
+images that are not cropped, and nothing is selected; SGD is Nesterov's. Noise is on in training, in attacks
+and in evaluation, as theirs. Ours: one cycle of the rate over both phases, not steps; and pre-training.
+[F] is not normalised, so that its step is nine times that of --adv-weight 1 --nat-weight 0. A network with
+noise is attacked with EOT, judged by the mean over 10 draws, and flagged as random. In an EnResNet only
+channels between the two convolutions of a block can go: of the dead ones, a part.
 
   python binary_relax.py --dataset digits --bits 2     two minutes on two CPU cores, no network
   python binary_relax.py --depth 56 --bits 4           CIFAR-10, En1ResNet56, for a GPU
@@ -84,18 +86,20 @@ def get_args(argv=None):
     attack.add_argument("--ramp-epochs", type=whole(0, 10000), help="first epochs, in which the radius grows")
     attack.add_argument("--eval-steps", type=whole(1, 10000), help="PGD steps in evaluation (50; noise: 20)")
     attack.add_argument("--restarts", type=whole(1, 1000), help="random starts in evaluation (5; noise: 1)")
-    attack.add_argument("--eot", type=whole(1, 1000), default=10, help="passes a gradient, with noise")
+    attack.add_argument("--eot", type=whole(1, 1000), help="passes a gradient, with noise (default: 10)")
     paper = parser.add_argument_group("Binary-Relax, EnResNet and the trade-off loss")
     paper.add_argument("--bits", type=int, choices=(1, 2, 4, 32), default=2, help="a weight; 32 is float")
     paper.add_argument("--method", choices=("br", "bc"), default="br", help="bc, BinaryConnect: w = q always")
     paper.add_argument("--relax-epochs", type=whole(0, 10000), help="before the switch to quantised weights")
-    paper.add_argument("--relax-lr", type=number(1e-8, 10), help="peak rate after it (default: half of --lr)")
+    paper.add_argument("--relax-lr", type=number(1e-8, 10), help="the other phases' peak (default: --lr / 2)")
     paper.add_argument("--adv-weight", type=number(0, 1000), default=8.0, help="of adversarial images")
     paper.add_argument("--nat-weight", type=number(0, 1000), default=1.0, help="of clean images")
     paper.add_argument("--depth", type=whole(8, 1202), help="6 b + 2 layers of an enresnet (default: 20)")
     paper.add_argument("--members", type=whole(1, 100), help="networks in an enresnet (default: 1)")
     paper.add_argument("--noise", type=number(0, 10), help="a of an enresnet (default: 0.1)")
     args = parser.parse_args(argv)
+    if args.pretrained and args.ramp_epochs:
+        parser.error("argument --ramp-epochs: not with --pretrained, which begins at the full radius")
     recipe, ensemble = RECIPES.get(args.dataset, RECIPES["cifar10"]), args.arch == "enresnet"
     epochs = recipe["compress_epochs"] + recipe["finetune_epochs"]         # the authors switch at 120 of 200
     resolve(parser, args, "relax_epochs", relax_epochs=round(0.6 * epochs),
@@ -110,9 +114,15 @@ def get_args(argv=None):
         parser.error(f"argument --depth: {args.depth} is not 6 b + 2, such as 20, 56 or 110")
     if not args.adv_weight + args.nat_weight:
         parser.error("argument --nat-weight: not both weights can be 0")
+    if args.bits == 32 and args.method == "bc":
+        parser.error("argument --method: bc has no meaning for --bits 32, float weights")
+    if args.eot and not args.noise:
+        parser.error("argument --eot: is for networks with --noise")
     args.eval_steps = args.eval_steps or (20 if args.noise else 50)
     args.restarts = args.restarts or (1 if args.noise else 5)
-    args.ramp_epochs = 0 if args.pretrained else args.ramp_epochs
+    args.eot = args.eot or (10 if args.noise else None)
+    epochs = args.pretrain_epochs + args.relax_epochs + args.finetune_epochs
+    args.ramp_epochs = 0 if args.pretrained else min(args.ramp_epochs, epochs)
     return args
 
 
@@ -136,10 +146,11 @@ class NoisyBlock(nn.Module):
 def add_noise(h, a):
     """[A] h (B, C, H, W) + a std(h) N(0, 1), std that of each image; drawn anew in every pass, in
     training or not. Gradients flow through std."""
-    b, c, height, width = h.shape                                # torch.std is far slower on a CPU
-    flat, wide = h.permute(0, 2, 3, 1).flatten(1), torch.promote_types(h.dtype, torch.float32)  # (B, H W C)
-    mean, norm = flat.mean(1, dtype=wide), torch.linalg.vector_norm(flat, dim=1, dtype=wide)
+    b, c, height, width = h.shape
+    flat, dtype = h.permute(0, 2, 3, 1).flatten(1), torch.promote_types(h.dtype, torch.float32)     # (B, n)
     n = flat.shape[1]
+    # torch.std takes 20 times as long on a CPU; in float32 this is as good while |mean| < 100 std.
+    mean, norm = flat.mean(1, dtype=dtype), torch.linalg.vector_norm(flat, dim=1, dtype=dtype)
     std = ((norm.square() / n - mean.square()).clamp(min=0) * n / (n - 1) + 1e-12).sqrt()
     noise = torch.randn(b, height, width, c, device=h.device).permute(0, 3, 1, 2)    # channels last
     return h + (a * std).to(h.dtype).view(b, 1, 1, 1) * noise.to(h.dtype)
@@ -301,7 +312,7 @@ def encode(model, bits):
             raise Fault(f"{name} is not finite: training has diverged (try a lower --lr, or --amp off)")
         state[name], scale = project(state[name], bits)                  # [B]
         scales[f"{name}.scale"] = scale[None]
-    found = sparsity([state[name] for name in targets])
+    found = sparsity([state[name] * scales.get(f"{name}.scale", 1) for name in targets])
     state = without_dead(model, state)
     codes = {name: state.pop(name) for name in targets} if scales else {}
     return state | scales, dict(codes=pack(codes.values(), bits), bits_of_codes=bits,
@@ -311,9 +322,9 @@ def encode(model, bits):
 # ---------------------------------------------------------------- training
 
 def train_epoch(model, batches, optimizer, schedule, args, weights=(), lam=math.inf, strength=1.0):
-    """One epoch at the relaxed `weights` [C], none of which is float training. The attack's radius and step
-    are multiplied by `strength`. Returns what is logged: mean loss [F], per cent right on the adversarial
-    images of training, and on clean ones where they are in the loss."""
+    """One epoch in which the parameters `weights` are relaxed [C]; with none, training is of float weights.
+    The attack's radius and step are multiplied by `strength`. Returns what is logged: mean loss [F], per cent
+    right on the adversarial images of training, and on clean ones where they are in the loss."""
     total, right, n = 0, {}, 0
     for x, y in batches:
         with relaxed(weights, args.bits, lam):                       # [C]
@@ -359,8 +370,8 @@ def main(argv=None):
     model = prepare(model, args)
     weights = list(quantisable(model).values()) if args.bits < 32 else []
 
-    def strength(epoch):                                             # of the attack, in its first epochs
-        return min(1.0, (epoch + 1) / max(1, args.ramp_epochs))
+    def strength(*epochs):                                           # of the attack, after so many epochs
+        return min(1.0, (sum(epochs) + 1) / max(1, args.ramp_epochs))
 
     # Phase 1: a dense robust network of float weights.
     optimizer, schedule = sgd(model, args.lr, args.pretrain_epochs, data, args)
@@ -378,13 +389,14 @@ def main(argv=None):
     states = dict(model=model, optimizer=optimizer, schedule=schedule)
     for epoch in run.epochs("relax", args.relax_epochs, **states):
         lam = 350 ** (epoch / args.relax_epochs) if args.method == "br" else math.inf                # [E]
-        power = strength(args.pretrain_epochs + epoch)
+        power = strength(args.pretrain_epochs, epoch)
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, weights, lam, power)
-        run.log(epoch=epoch + 1, lam=lam, **fields, **zeros(), strength=power)
+        fields |= {"lam": lam} if weights and args.method == "br" else {}
+        run.log(epoch=epoch + 1, **fields, **zeros(), strength=power)
 
     # Phase 3: after the switch, quantised weights; lam = inf.
     for epoch in run.epochs("finetune", args.finetune_epochs, **states):
-        power = strength(args.pretrain_epochs + args.relax_epochs + epoch)
+        power = strength(args.pretrain_epochs, args.relax_epochs, epoch)
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, weights, strength=power)
         run.log(epoch=epoch + 1, **fields, **zeros(), strength=power)
 
@@ -393,7 +405,7 @@ def main(argv=None):
     save_model(run.folder / "model.pt", run.script, network, model, args, state=state, **codes)
 
     def judge(model, robust):
-        """The authors' attacks: FGSM, 20 steps of I-FGSM (theirs of 1/255 at 8/255), and C&W's loss."""
+        """The authors' FGSM and I-FGSM (20 steps of 1/255 at 8/255); for C&W in l2, its loss in l_inf."""
         attack = dict(epsilon=args.epsilon, random_start=False, eot=1, seed=args.seed)
         attacks = dict(fgsm=dict(step_size=args.epsilon, num_steps=1),
                        ifgsm=dict(step_size=args.epsilon / 8, num_steps=20),

@@ -1402,23 +1402,28 @@ def test_relax_gives_the_latent_weights_back_bit_for_bit_also_after_an_exception
     assert grown == [w.data_ptr() for w in weights]              # the parameters that the optimizer holds
 
 
-def test_relax_step_moves_the_latent_weights_by_the_gradient_at_the_relaxed_ones(digits):
+@pytest.mark.parametrize("adv, nat", [(2, 0), (0, 2)])
+def test_relax_step_moves_the_latent_weights_by_the_gradient_at_the_relaxed_ones(digits, adv, nat):
     """One step of SGD with weight decay, by hand; the classifier's and batch norm's are plain."""
-    args = binary_relax.get_args("--dataset digits --device cpu --amp off --num-steps 0 --adv-weight 0 "
-                                 "--nat-weight 2 --bits 2".split())
+    args = binary_relax.get_args("--dataset digits --device cpu --amp off --num-steps 3 --bits 2 "
+                                 f"--adv-weight {adv} --nat-weight {nat}".split())
     torch.manual_seed(0)
     model = binary_relax.EnResNet(8, 1, 0.0, 2, 1, 10)
     targets, lam = binary_relax.quantisable(model), 1.5
-    twin, batch = copy.deepcopy(model).train(), next(digits.batches(16, torch.Generator().manual_seed(1)))
+    twin, (x, y) = copy.deepcopy(model), next(digits.batches(16, torch.Generator().manual_seed(1)))
     v = {name: p.detach().clone() for name, p in model.named_parameters()}
     for name, p in twin.named_parameters():
         if name in targets:
             q = quantised(p.data, 2)
             p.data = (lam * q + p.data) / (lam + 1)
-    (2 * F.cross_entropy(twin(batch[0]), batch[1])).backward()
+    torch.manual_seed(3)
+    seen = common.pgd(twin.eval(), x, y, args.epsilon, args.step_size, 3) if adv else x
+    (2 * F.cross_entropy(twin.train()(seen), y)).backward()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1)
-    binary_relax.train_epoch(model, [batch], optimizer, schedule, args, list(targets.values()), lam)
+    torch.manual_seed(3)
+    logged = binary_relax.train_epoch(model, [(x, y)], optimizer, schedule, args, list(targets.values()), lam)
+    assert set(logged) == {"loss", "train_robust_acc" if adv else "train_clean_acc"}
     for (name, p), other in zip(model.named_parameters(), twin.parameters()):
         assert torch.allclose(p, v[name] - 0.1 * (other.grad + 0.01 * v[name]), atol=1e-6), name
 
@@ -1481,6 +1486,8 @@ def test_enresnet_without_noise_is_the_mean_of_its_members_image_by_image():
     assert torch.allclose(model(x), (a(x) + b(x)) / 2) and not torch.allclose(a(x), b(x))
     assert torch.allclose(torch.cat([model(image[None]) for image in x]), model(x), rtol=0, atol=1e-12)
     assert not {p.data_ptr() for p in a.parameters()} & {p.data_ptr() for p in b.parameters()}
+    wide = binary_relax.EnResNet(8, 1, 0.0, 16, 3, 10).members[0].blocks[1].conv1.weight   # 16 -> 32
+    assert abs(wide.std() / math.sqrt(2 / (9 * 32)) - 1) < 0.05
     h, stages = a.conv1(x), [a.blocks[i].conv1.stride[0] for i in range(3)]
     assert stages == [1, 2, 2] and [block.shortcut is None for block in a.blocks] == [True, False, False]
     for block in a.blocks:                                       # pre-activation, written out
@@ -1501,6 +1508,14 @@ def test_enresnet_noise_is_relative_seeded_and_of_each_image_alone():
     changed[0] *= 100
     torch.manual_seed(1)                                         # a neighbour changes nothing
     assert torch.allclose((binary_relax.add_noise(changed, 0.3) - changed)[1:], added[1:], atol=1e-5)
+    leaf = h[[0, 1]].double().requires_grad_()
+    torch.manual_seed(1)
+    noise = torch.randn(2, 32, 32, 8).permute(0, 3, 1, 2).double()
+    plain = leaf + 0.3 * leaf.flatten(1).std(1).view(2, 1, 1, 1) * noise
+    torch.manual_seed(1)
+    found = binary_relax.add_noise(leaf, 0.3)
+    gradients = [torch.autograd.grad(out.square().sum(), leaf)[0] for out in (found, plain)]
+    assert torch.allclose(found, plain) and torch.allclose(*gradients)
     leaf = torch.zeros(2, 1, 4, 4, requires_grad=True)           # no spread: no noise, and a finite gradient
     binary_relax.add_noise(leaf, 0.3).sum().backward()
     assert leaf.grad.isfinite().all()
@@ -1511,12 +1526,21 @@ def test_enresnet_noise_is_relative_seeded_and_of_each_image_alone():
     assert all(block.noise == 0.1 for member in model.members for block in member.blocks)
 
 
+def test_sanity_flags_of_an_honest_network_with_noise_are_one(robust, digits):
+    noisy = Wrapped(robust, lambda f, x: f(x + 0.1 * torch.randn_like(x))).eval()
+    flags = common.sanity_flags(noisy, digits.test, epsilon=0.001, step_size=0.0005, num_steps=3, eot=2)
+    assert len(flags) == 1 and flags[0].startswith("random output")
+    images = [t[:60] for t in digits.test]                       # judged by the mean of draws, not by one
+    assert common.transfer(noisy, noisy, images, epsilon=0.2, step_size=0.05, num_steps=3, eot=2) * 0.6 % 1
+
+
 def test_enresnet_evaluation_repeats_and_is_flagged_as_random_alone(digits, whole):
     folder, result = whole(binary_relax, "--noise", "0.1", "--eot", "2")
     model, images = common.load_model(folder / "model.pt"), [t[:60] for t in digits.test]
     settings = dict(epsilon=0.2, step_size=0.05, num_steps=3, eot=2)
     assert common.evaluate(model, images, **settings) == common.evaluate(model, images, **settings)
     flags = result["flags"]
+    assert result["robust_acc"] <= result["clean_acc"]
     assert result["attack"]["eot"] == 2 and len(flags) == 1 and flags[0].startswith("random output")
 
 
@@ -1580,6 +1604,22 @@ def test_network_without_dead_channels_equals_the_quantised_one(arch, channels, 
     assert (counts[0] < counts[1]) == dead and (found["channel_sparsity"] > 0) == dead
 
 
+def test_a_channel_that_only_removed_filters_read_goes_too():
+    network = dict(arch="vgg16", width=1, channels=3, classes=10, size=[32, 32])
+    model = common.build_network(**network)
+    for w in binary_relax.quantisable(model).values():
+        w.data.fill_(1)
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    convs[2].weight.data[:, 0] = 0                               # nothing reads filter 0 of the one before,
+    convs[1].weight.data[1:, 1] = 0                              # which alone reads filter 1 of the first
+    state, codes, _ = binary_relax.encode(model, 2)
+    small = binary_relax.build(dict(network=network, state=state, **codes))
+    assert [m.out_channels for m in small.modules() if isinstance(m, nn.Conv2d)][:3] == [3, 3, 8]
+    convs[3].weight.data[0, 0, 0, 0] = math.nan
+    with pytest.raises(common.Fault, match="not finite"):
+        binary_relax.encode(model, 2)
+
+
 def test_a_layer_all_of_zeros_keeps_one_channel():
     model, network, x = ensemble(noise=0.0)
     block = model.members[0].blocks[1]
@@ -1607,11 +1647,15 @@ def test_relax_run_writes_a_smaller_file_of_few_values(whole, tmp_path, bits):
     assert result["flags"] == [] and (result["sparsity"] > 5) == (bits in (2, 4))
     if result["channel_sparsity"] == 0:
         assert abs(result["sparsity"] - 100 * zero / count) < 0.01
-    assert result["fgsm_acc"] <= result["clean_acc"] and result["attacks"]["ifgsm"]["num_steps"] == 20
+    assert result["fgsm_acc"] <= result["clean_acc"]
+    assert {k: (a["loss"], a["num_steps"], a["random_start"]) for k, a in result["attacks"].items()} == dict(
+        fgsm=("ce", 1, False), ifgsm=("ce", 20, False), margin=("margin", 20, False))
+    assert result["args"]["relax_lr"] == result["args"]["lr"] / 2
     assert result["bytes"] == os.path.getsize(folder / "model.pt")
     assert (result["bytes"] < result["dense_bytes"]) == (bits < 32)
     lines = [json.loads(line) for line in open(folder / "log.jsonl")]
-    assert [line["lam"] for line in lines if line.get("phase") == "relax"] == [1, 350**0.5]
+    lam = [line.get("lam") for line in lines if line.get("phase") == "relax"]
+    assert lam == ([1, 350**0.5] if bits < 32 else [None, None])
     assert phases_of(folder, "relax") == [2, 2, 2]
 
 
@@ -1869,7 +1913,9 @@ def test_hydra_wrong_flags_are_one_line_exit_2_and_write_nothing(tmp_path, monke
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--bits 3", "--bits"), ("--ratio 4", "--ratio"), ("--depth 21", "--depth.*6 b"),
+    ("--bits 3", "--bits"), ("--ratio 4", "--ratio"), ("--bits 32 --method bc", "--method"),
+    ("--noise 0 --eot 3", "--eot"), ("--pretrained none.pt --ramp-epochs 3", "--ramp-epochs"),
+    ("--depth 21", "--depth.*6 b"),
     ("--arch lenet --noise 0.1", "--noise.*enresnet"), ("--arch resnet18 --depth 20", "--depth"),
     ("--adv-weight 0 --nat-weight 0", "--nat-weight"), ("--adv-weight -1", "--adv-weight"),
     ("--members 0", "--members"), ("--noise nan", "--noise"), ("--pretrained none.pt", "--pretrained.*none")])
