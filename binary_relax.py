@@ -267,9 +267,8 @@ def without_dead(model, state):
     for group in reversed(groups):                               # a removed reader may leave its inputs dead
         writers, _, readers = group
         count = len(state[f"{next(iter(writers))}.weight"])
-        weights = [state[f"{name}.weight"] for name in readers]
-        read = [w.reshape(len(w), count, -1).transpose(0, 1).flatten(1) for w in weights]    # (channels, ...)
-        alive = torch.cat(read, 1).any(1)
+        read = [state[f"{name}.weight"].flatten(1).T.reshape(count, -1) for name in readers]
+        alive = torch.cat(read, 1).any(1)                            # (channels,)
         alive[0] |= not alive.any()
         state = without_channels(state, [group], [alive])
     return state
@@ -325,28 +324,25 @@ def train_epoch(model, batches, optimizer, schedule, args, weights=(), lam=math.
     """One epoch in which the parameters `weights` are relaxed [C]; with none, training is of float weights.
     The attack's radius and step are multiplied by `strength`. Returns what is logged: mean loss [F], per cent
     right on the adversarial images of training, and on clean ones where they are in the loss."""
-    total, right, n = 0, {}, 0
+    share, right, total, n = dict(robust=args.adv_weight, clean=args.nat_weight), {}, 0, 0
     for x, y in batches:
         with relaxed(weights, args.bits, lam):                       # [C]
             with autocast(args):
                 model.eval()                                     # the attack sees fixed batch-norm statistics
-                terms = []
-                if args.adv_weight:
+                images = {"clean": x} if share["clean"] else {}
+                if share["robust"]:
                     x_adv = pgd(model, x, y, strength * args.epsilon, strength * args.step_size,
                                 args.num_steps)
-                    terms.append(("robust", args.adv_weight, x_adv))
-                if args.nat_weight:
-                    terms.append(("clean", args.nat_weight, x))
+                    images = {"robust": x_adv} | images
                 model.train()
-                logits = [model(images) for _, _, images in terms]
-            loss = sum(weight * F.cross_entropy(out.float(), y)                                      # [F]
-                       for (_, weight, _), out in zip(terms, logits))
+                logits = {name: model(batch) for name, batch in images.items()}
+            loss = sum(share[name] * F.cross_entropy(out.float(), y) for name, out in logits.items())    # [F]
             optimizer.zero_grad()
             loss.backward()
         optimizer.step()                                             # [D] on v
         schedule.step()
         total, n = total + loss.detach() * len(y), n + len(y)
-        for (name, _, _), out in zip(terms, logits):
+        for name, out in logits.items():
             right[name] = right.get(name, 0) + (out.argmax(1) == y).sum()
     if not math.isfinite(total):
         raise Fault("the training loss is not finite: training has diverged (try a lower --lr, or --amp off)")
