@@ -103,7 +103,8 @@ def get_args(argv=None):
     recipe, ensemble = RECIPES.get(args.dataset, RECIPES["cifar10"]), args.arch == "enresnet"
     epochs = recipe["compress_epochs"] + recipe["finetune_epochs"]         # the authors switch at 120 of 200
     resolve(parser, args, "relax_epochs", relax_epochs=round(0.6 * epochs),
-            finetune_epochs=epochs - round(0.6 * epochs), **(dict(width=16) if ensemble else {}))
+            finetune_epochs=epochs - round(0.6 * epochs),
+            **(dict(width=8 if recipe["width"] < 16 else 16) if ensemble else {}))
     args.relax_lr = args.relax_lr or args.lr / 2
     for flag, value in dict(depth=20, members=1, noise=0.1).items():
         if ensemble and getattr(args, flag) is None:
