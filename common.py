@@ -745,13 +745,13 @@ def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=1, loss="
         else:
             attack |= dict(eot=eot, draws=10)
             clean = torch.cat([share_right(model, x, y, 10) for x, y in batched(*images)])
-            robust = clean
+            hope, robust = clean > 0, clean.clone()                  # the others are not attacked
             for _ in range(restarts):
                 attacked = ((pgd(model, x, y, epsilon, step_size, num_steps, loss=loss, eot=eot,
                                  random_start=random_start, generator=generator), y)
-                            for x, y in batched(*images))
-                found = torch.cat([share_right(model, x_adv, y, 10) for x_adv, y in attacked])
-                robust = torch.minimum(robust, found)
+                            for x, y in batched(*(t[hope] for t in images)))
+                found = [share_right(model, x_adv, y, 10) for x_adv, y in attacked if len(y)]
+                robust[hope] = torch.minimum(robust[hope], torch.cat([clean[:0], *found]))
     said = more(model, robust) if more else {}
     n, clean, robust = len(clean), per_cent(clean), per_cent(robust)
     return dict(clean_acc=clean, clean_ci=interval(clean, n), robust_acc=robust, **said,
