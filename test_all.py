@@ -387,6 +387,10 @@ def test_evaluate_of_a_random_network_is_repeatable_and_says_so(robust, digits):
     state = torch.get_rng_state()
     first, second = (common.evaluate(model, images, **SETTINGS, eot=2, seed=3) for _ in range(2))
     assert first == second and first["attack"]["draws"] == 10 and torch.equal(state, torch.get_rng_state())
+    still = SETTINGS | dict(epsilon=0, num_steps=1)              # no attack: the least of two sets of draws
+    for seed in range(4):
+        judged = common.evaluate(model, images, **still, eot=1, seed=seed)
+        assert judged["robust_acc"] < judged["clean_acc"]
     others = [common.evaluate(model, images, **SETTINGS, eot=2, seed=seed) for seed in (4, 5, 6)]
     assert any(other["robust_acc"] != first["robust_acc"] for other in others)
 
