@@ -1279,7 +1279,7 @@ def compare_command(args):
             raise Fault(f"one run twice, or two of one seed: {' '.join(run['folder'] for run in runs)}")
     sets = [json.loads(row) for row in rows]
     told = {k for k in {k for same in sets for k in same} if len({s[k] for s in sets if k in s}) > 1}
-    told = sorted(told | {"dataset", "arch", "width", "ratio", "bits"} - {"script"})
+    told = sorted((told | {"dataset", "arch", "width", "ratio", "bits"}) - {"script"})
 
     def mean(runs, *path, digits=1):
         values = [functools.reduce(lambda value, key: value[key], path, run) for run in runs]
