@@ -33,7 +33,7 @@ and in evaluation, as theirs. Ours: one cycle of the rate over both phases, not 
 noise is attacked with EOT, judged by the mean over 10 draws, and flagged as random. In an EnResNet only
 channels between the two convolutions of a block can go: of the dead ones, a part.
 
-  python binary_relax.py --dataset digits --bits 2     two minutes on two CPU cores, no network
+  python binary_relax.py --dataset digits --bits 2     two and a half minutes on two CPU cores, no network
   python binary_relax.py --depth 56 --bits 4           CIFAR-10, En1ResNet56, for a GPU
   python binary_relax.py --depth 56 --bits 4 --pretrain-epochs 0 --relax-epochs 120 --finetune-epochs 80
       --relax-lr 0.1 --batch-size 128 --epsilon 0.031 --step-size 0.007         the authors' length and attack
@@ -150,7 +150,7 @@ def add_noise(h, a):
     b, c, height, width = h.shape
     flat, dtype = h.permute(0, 2, 3, 1).flatten(1), torch.promote_types(h.dtype, torch.float32)     # (B, n)
     n = flat.shape[1]
-    # torch.std takes 20 times as long on a CPU; in float32 this is as good while |mean| < 100 std.
+    # torch.std is far slower on a CPU; in float32 this is as good while |mean| < 100 std.
     mean, norm = flat.mean(1, dtype=dtype), torch.linalg.vector_norm(flat, dim=1, dtype=dtype)
     std = ((norm.square() / n - mean.square()).clamp(min=0) * n / (n - 1) + 1e-12).sqrt()
     noise = torch.randn(b, height, width, c, device=h.device).permute(0, 3, 1, 2)    # channels last

@@ -998,7 +998,7 @@ def load_pretrained(model, path, network, maker="common"):
     script, held = artifact["script"], artifact["network"]
     shapes = [{k: t.shape for k, t in state.items()} for state in (artifact["state"], model.state_dict())]
     if script != maker or held != network or shapes[0] != shapes[1]:
-        raise UsageFault(f"argument --pretrained: {path} holds {held} of {script}.py, not {network}")
+        raise UsageFault(f"argument --pretrained: {path} holds {held} of {script}.py, not a dense {network}")
     model.load_state_dict(artifact["state"])
 
 
