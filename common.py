@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 # The defaults of every data set; the keys are flags. The epochs are ours: digits fits two minutes of two CPU
 # cores, the other sets are meant for a GPU. compress_epochs are those of the paper's own phase.
-CIFAR = dict(arch="resnet18", width=16, pretrain_epochs=30, compress_epochs=15, finetune_epochs=15,
+CIFAR = dict(arch="resnet18", width=16, pretrain_epochs=40, compress_epochs=20, finetune_epochs=20,
              batch_size=256, lr=0.2, epsilon=8 / 255, step_size=2 / 255, num_steps=10, ramp_epochs=0,
              crop=4, flip=True)
 GREY = CIFAR | dict(width=4, crop=0, flip=False)
@@ -1257,6 +1257,21 @@ def evaluate_command(args):
     return result
 
 
+def read_run(folder):
+    """A finished run: its result.json and, where kept beside it, what `evaluate --autoattack` printed."""
+    run = json.loads((Path(folder) / "result.json").read_text()) | {"folder": folder}
+    run["nonzeros_ratio"] = run["dense_parameters"] / run["nonzeros"]
+    kept = Path(folder) / "evaluate-autoattack.json"
+    if kept.is_file():
+        judged = json.loads(kept.read_text())
+        if any(judged[k] != run[k] for k in ("script", "bytes")) or \
+                judged["attack"]["epsilon"] != run["attack"]["epsilon"]:
+            raise ValueError(f"{kept.name} is of another file or radius")
+        low, high = judged["autoattack_ci"]
+        run["autoattack"] = f"{judged['autoattack_acc']:.1f}, {low} to {high} on {judged['images']:,}"
+    return run
+
+
 def compare_command(args):
     """Prints a row for each set of runs that differ in the seed alone: means, and the range of several."""
     def show(value):                                              # 16 and 16.0 are one ratio
@@ -1265,8 +1280,7 @@ def compare_command(args):
     rows = {}
     for folder in args.folders:
         try:
-            run = json.loads((Path(folder) / "result.json").read_text()) | {"folder": folder}
-            run["nonzeros_ratio"] = run["dense_parameters"] / run["nonzeros"]
+            run = read_run(folder)
             same = {k: show(v) for k, v in run["args"].items()
                     if k not in ("seed", "pretrained", "ticket")}
             rows.setdefault(json.dumps(same | {"script": run["script"]}, sort_keys=True), []).append(run)
@@ -1286,12 +1300,16 @@ def compare_command(args):
         middle, low, high = (f"{f(values):,.{digits}f}" for f in (statistics.mean, min, max))
         return middle if low == high else f"{middle} ({low} to {high})"
 
+    def both(runs, batch):
+        return ", ".join(mean(runs, "latency_ms", batch, which) for which in ("compact", "dense"))
+
     heads = ["run", "dense clean, robust %", "clean %", "robust %", "95 % interval", "bytes", "bytes x",
-             "nonzeros x", "MACs x", "batch 1 ms", "dense ms", "flags", "folder"]
-    more = {"verified_acc": "verified %", "fgsm_acc": "FGSM %", "ifgsm_acc": "I-FGSM %",
-            "margin_acc": "margin loss %", "sparsity": "zeros %", "channel_sparsity": "dead channels %"}
+             "nonzeros x", "MACs x", "batch 1 ms, dense", "batch 128 ms, dense", "flags", "folder"]
+    more = {"verified_acc": "verified %", "autoattack": "AutoAttack %, interval, images",
+            "fgsm_acc": "FGSM %", "ifgsm_acc": "I-FGSM %", "margin_acc": "margin loss %",
+            "sparsity": "zeros %", "channel_sparsity": "dead channels %"}
     more = {k: head for k, head in more.items() if any(k in run for runs in rows.values() for run in runs)}
-    heads[4:4] = more.values()
+    heads[5:5] = more.values()
     heads[1] = "dense clean, robust, verified %" if "verified_acc" in more else heads[1]
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for same, runs in zip(sets, rows.values()):
@@ -1301,27 +1319,36 @@ def compare_command(args):
                  mean(runs, "clean_acc"), mean(runs, "robust_acc"),
                  "{} to {}".format(*runs[0]["robust_ci"]) if len(runs) == 1 else f"{len(runs)} seeds",
                  mean(runs, "bytes", digits=0), mean(runs, "bytes_ratio"), mean(runs, "nonzeros_ratio"),
-                 mean(runs, "macs_ratio"), mean(runs, "latency_ms", "batch_1", "compact"),
-                 mean(runs, "latency_ms", "batch_1", "dense"),
+                 mean(runs, "macs_ratio"), both(runs, "batch_1"), both(runs, "batch_128"),
                  "; ".join(sorted({flag for run in runs for flag in run["flags"]})) or "none",
                  " ".join(run["folder"] for run in runs)]
-        cells[4:4] = [mean(runs, k) if all(k in run for run in runs) else "" for k in more]
+        cells[5:5] = ["; ".join(run[k] for run in runs if k in run) if k == "autoattack" else
+                      mean(runs, k) if all(k in run for run in runs) else "" for k in more]
         print("| " + " | ".join(cells) + " |")
     if args.plot:
-        if not importlib.util.find_spec("matplotlib") or not args.plot.endswith((".png", ".pdf", ".svg")):
-            raise UsageFault(f"argument --plot: {args.plot} is no .png, .pdf or .svg, or no matplotlib")
-        from matplotlib.figure import Figure
-        axes = Figure().subplots()
-        runs = [run for row in rows.values() for run in row]
-        for script in sorted({run["script"] for run in runs}):
-            points = [(run["bytes"], run["robust_acc"]) for run in runs if run["script"] == script]
-            axes.scatter(*zip(*points), label=script)
-        points = [(run["dense_bytes"], run["dense"]["robust_acc"]) for run in runs]
-        axes.scatter(*zip(*points), marker="x", label="dense")
-        axes.set(xscale="log", xlabel="bytes of the file", ylabel="robust accuracy, %")
-        axes.legend()
-        axes.figure.savefig(args.plot, dpi=120, bbox_inches="tight")
+        draw([run for runs in rows.values() for run in runs], args.plot)
     return list(rows.values())
+
+
+def draw(runs, path):
+    """A picture of robust accuracy and its interval against bytes; needs matplotlib."""
+    if not importlib.util.find_spec("matplotlib") or not path.endswith((".png", ".pdf", ".svg")):
+        raise UsageFault(f"argument --plot: {path} is no .png, .pdf or .svg, or no matplotlib")
+    from matplotlib.figure import Figure
+    axes = Figure(figsize=(8, 5)).subplots()
+    for script in sorted({run["script"] for run in runs}):
+        mine = [run for run in runs if run["script"] == script]
+        x, y = [run["bytes"] for run in mine], [run["robust_acc"] for run in mine]
+        bars = [[abs(run["robust_ci"][i] - run["robust_acc"]) for run in mine] for i in (0, 1)]
+        axes.errorbar(x, y, bars, fmt="o", capsize=2, elinewidth=0.5, label=script)
+        for run in mine:
+            axes.annotate(Path(run["folder"]).name, (run["bytes"], run["robust_acc"]), fontsize=7,
+                          xytext=(3, 3), textcoords="offset points")
+    dense = sorted({(run["dense_bytes"], run["dense"]["robust_acc"]) for run in runs})
+    axes.plot(*zip(*dense), "kx", label="dense, before compression")
+    axes.set(xscale="log", xlabel="bytes of the file", ylabel="robust accuracy, % (95 % interval)")
+    axes.legend()
+    axes.figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def naive_step(model, optimizer, x, y, epsilon, step_size, num_steps):
@@ -1339,14 +1366,14 @@ def naive_step(model, optimizer, x, y, epsilon, step_size, num_steps):
     optimizer.step()
 
 
-def bench_command(args):
-    """Times one training step in its naive form, as the scripts have it and, with --compile, compiled; and
-    with what each paper adds. All take turns; printed are medians over the rounds, of times and of ratios."""
+def bench_steps(args, device):
+    """The functions to be timed, {name: one training step}; {paper: (name of the step without it, its update
+    or None)}; whether they use bfloat16."""
     import admm_prune
     import binary_relax
     import cstar
     import hydra_prune
-    device, generator = check_device(args.device), torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (args.batch_size, 3, 32, 32), dtype=torch.uint8, generator=generator)
     pair = images.to(device), torch.randint(0, 10, (args.batch_size,), generator=generator).to(device)
     data, batch = Data(pair, pair, list("0123456789")), (to_float(pair[0]), pair[1])
@@ -1354,7 +1381,7 @@ def bench_command(args):
              ("arch", "width", "batch_size", "num_steps", "amp")] + [f"--device={device}"]
 
     def step_of(script, with_method=lambda model: {}, *more):
-        """A function that does one step of a script's training, and the object of its method."""
+        """One step of a script's training, on a network of its own."""
         settings = script.get_args([*flags, *more])
         torch.manual_seed(0)
         model = prepare(build_network(args.arch, args.width, 3, 10, (32, 32)), settings)
@@ -1366,52 +1393,128 @@ def bench_command(args):
         layers = cstar.factorisable(model)
         weights = {name: m.weight.detach().cpu() for name, m in layers.items()}
         ranks = cstar.choose_ranks(weights, cstar.parameter_budget(model, 8), "hull")
-        updates["cstar"] = cstar.ADMM(layers, ranks, 0.1)
-        return dict(penalty=updates["cstar"].penalty)
+        admm = cstar.ADMM(layers, ranks, 0.1)
+        papers["cstar"] = "default", admm.update
+        return dict(penalty=admm.penalty)
 
     def filters(model):
         def choose(weights):
             return admm_prune.choose_masks(weights, "filter", 4)
-        updates["admm_prune"] = admm_prune.ADMM(admm_prune.prunable(model), choose, 0.1)
-        return dict(penalty=updates["admm_prune"].penalty)
+        admm = admm_prune.ADMM(admm_prune.prunable(model), choose, 0.1)
+        papers["admm_prune"] = "default", admm.update
+        return dict(penalty=admm.penalty)
 
     def scores(model):
         return dict(scores=hydra_prune.Scores(model, "irregular", 10).to(device))
 
-    def weights(model):
+    def quantised(model):
         return dict(weights=list(binary_relax.quantisable(model).values()), lam=2.0)
 
-    updates, plain = {}, build_network(args.arch, args.width, 3, 10, (32, 32)).to(device)
-    optimizer, settings = torch.optim.SGD(plain.parameters(), 1e-4, 0.9), cstar.get_args(flags)
-    attack = settings.epsilon, settings.step_size, settings.num_steps
-    inputs = batch[0].contiguous(), batch[1], *attack
+    papers = {"hydra_prune": ("hydra_prune without", None), "binary_relax": ("binary_relax without", None)}
+    torch.manual_seed(0)
+    plain, settings = build_network(args.arch, args.width, 3, 10, (32, 32)).to(device), cstar.get_args(flags)
+    optimizer = torch.optim.SGD(plain.parameters(), 1e-4, 0.9)
+    inputs = batch[0].contiguous(), batch[1], settings.epsilon, settings.step_size, settings.num_steps
     steps = {"naive": lambda: naive_step(plain, optimizer, *inputs), "default": step_of(cstar)}
     if args.compile:
         steps["compiled"] = step_of(cstar, lambda model: {}, "--compile")
-    pairs = {"cstar": ("default", factors), "admm_prune": ("default", filters),
-             "hydra_prune": ("hydra_prune without", scores),
-             "binary_relax": ("binary_relax without", weights)}
-    for name, (without, method) in pairs.items():
-        script = importlib.import_module(name)
-        if without not in steps:
-            steps[without] = step_of(script)
-        steps[name] = step_of(script, method)
+    return steps | {"cstar": step_of(cstar, factors), "admm_prune": step_of(admm_prune, filters),
+                    "hydra_prune without": step_of(hydra_prune),
+                    "hydra_prune": step_of(hydra_prune, scores),
+                    "binary_relax without": step_of(binary_relax),
+                    "binary_relax": step_of(binary_relax, quantised)}, papers, settings.amp
 
-    def seconds(function):
-        if device != "cpu":
-            torch.cuda.synchronize(device)
-        begin = time.perf_counter()
-        function()
-        if device != "cpu":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - begin
 
+def seconds_of(function, device):
+    """How long function() takes, on the device too."""
+    wait = torch.cuda.synchronize if device != "cpu" else lambda _: None
+    wait(device)
+    begin = time.perf_counter()
+    function()
+    wait(device)
+    return time.perf_counter() - begin
+
+
+def saved_for_backward(model, x):
+    """Bytes that a forward pass over x keeps for the backward pass, parameters not counted."""
+    kept = {}
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        model(x)
+    for p in model.parameters():
+        kept.pop(p.untyped_storage().data_ptr(), None)
+    return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+def limits(args, step, bfloat16, device):
+    """What the hardware allows: GFLOP/s of products of matrices (n, n), GFLOP of a training step, as it must
+    be and in naive form, how much faster the former is at those rates, bytes that a forward pass saves for
+    the backward one, and where `step` spends its time."""
+    n, rates, precision = 2048 if device == "cpu" else 16384, {}, torch.get_float32_matmul_precision()
+    tf32 = device != "cpu" and torch.backends.cudnn.allow_tf32       # as in the naive step's convolutions
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    for kind in ("float32", "bfloat16"):
+        a, b = torch.rand(2, n, n, device=device).to(getattr(torch, kind))
+        rates[kind] = round(2e-9 * n**3 / min(seconds_of(lambda: a @ b, device) for _ in range(5)))
+    torch.set_float32_matmul_precision(precision)
+    model = build_network(args.arch, args.width, 3, 10, (32, 32)).to(device)
+    forward = 2e-9 * args.batch_size * count_macs(model, dict(channels=3, size=(32, 32)))
+    work = dict(naive=3 * forward * (args.num_steps + 1), default=forward * (2 * args.num_steps + 3))
+    x = torch.rand(args.batch_size, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+    with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bfloat16):
+        kept = saved_for_backward(model.train(), x)
+    with torch.profiler.profile() as profile:
+        step()
+    clock = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
+    found = sorted(((getattr(e, clock), e.key) for e in profile.key_averages()), reverse=True)
+    total = sum(spent for spent, _ in found)
+    rate = rates["bfloat16" if bfloat16 else "float32"]
+    bound = work["naive"] / rates["float32"] / (work["default"] / rate)
+    return dict(matrix_gflop_per_second=rates, gflop_a_step={k: float(f"{v:.4g}") for k, v in work.items()},
+                times_naive_at_these_rates=round(bound, 2), saved_for_backward_bytes=kept,
+                profile_per_cent={key: round(100 * spent / total, 1) for spent, key in found[:8]})
+
+
+def bench_inference(args, device):
+    """Milliseconds a forward pass, without training (random weights), of the dense network, of CSTAR's at
+    ratio 16, and of one with a quarter of the filters, near ratio 16, where the width allows these; batch
+    norm as it is, and folded."""
+    import cstar
+    from torch.fx.experimental.optimization import fuse
+    torch.manual_seed(0)
+    dense, factors = (build_network(args.arch, args.width, 3, 10, (32, 32)).eval() for _ in range(2))
+    models = dict(dense=dense)
+    with contextlib.suppress(UsageFault):
+        budget = cstar.parameter_budget(factors, 16)
+        weights = {name: m.weight.detach() for name, m in cstar.factorisable(factors).items()}
+        models["cstar"] = cstar.factorise(factors, cstar.choose_ranks(weights, budget)).eval()
+    if args.width % 4 == 0:
+        models["filters"] = build_network(args.arch, args.width // 4, 3, 10, (32, 32)).eval()
+    sizes = {name: sum(p.numel() for p in m.parameters()) for name, m in models.items()}
+    models |= {f"{name}, folded": fuse(m) for name, m in models.items()}
+    for model in models.values():
+        model.to(device, memory_format=torch.channels_last)
+    network = dict(channels=3, size=(32, 32))
+    return dict(params_ratio={name: round(sizes["dense"] / n, 1) for name, n in sizes.items()},
+                **{f"batch_{batch}_ms": dict(zip(models, latency(models.values(), network, batch, device)))
+                   for batch in (1, 128)})
+
+
+def bench_command(args):
+    """Times one training step in its naive form, as the scripts have it and, with --compile, compiled; and
+    with what each paper adds. All take turns; printed are medians over the rounds, of times and of ratios,
+    beside what the hardware allows; and what compact networks gain in inference."""
+    device = check_device(args.device)
+    steps, papers, bfloat16 = bench_steps(args, device)
     times, memory = {name: [] for name in steps}, {}
     for turn in range(args.rounds + 1):                              # the first warms up, and compiles
         for name, step in progress(list(steps.items()), f"round {turn}/{args.rounds}", len(steps)):
             if device != "cpu":
                 torch.cuda.reset_peak_memory_stats(device)
-            times[name].append(seconds(step))
+            times[name].append(seconds_of(step, device))
             memory[name] = None if device == "cpu" else torch.cuda.max_memory_allocated(device)
     times = {name: t[1:] for name, t in times.items()}
 
@@ -1421,7 +1524,7 @@ def bench_command(args):
     result = dict(arch=args.arch, width=args.width, batch_size=args.batch_size, num_steps=args.num_steps,
                   device="cpu" if device == "cpu" else torch.cuda.get_device_name(device),
                   threads=torch.get_num_threads(), torch=torch.__version__, rounds=args.rounds,
-                  bfloat16_but_in_naive=settings.amp, steps={}, added_per_cent={},
+                  bfloat16_but_in_naive=bfloat16, steps={}, added_per_cent={},
                   tf32_in_naive=device != "cpu" and torch.backends.cudnn.allow_tf32)
     for name, t in times.items():
         middle = statistics.median(t)
@@ -1429,12 +1532,14 @@ def bench_command(args):
             seconds=round(middle, 4), images_per_second=round(args.batch_size / middle, 1),
             times_naive=round(ratio("naive", name), 2), gpu_memory_bytes=memory[name])
     per_epoch = 50000 // args.batch_size
-    for name, (without, _) in pairs.items():
+    for name, (without, update) in papers.items():
         result["added_per_cent"][name] = added = {"a step": round(100 * (ratio(name, without) - 1), 1)}
-        if name in updates:
-            update = statistics.median(seconds(updates[name].update) for _ in range(3))
-            added |= {"update_seconds": round(update, 3), "an update each 50,000 images": round(
-                100 * update / per_epoch / statistics.median(times[without]), 2)}
+        if update:
+            took = statistics.median(seconds_of(update, device) for _ in range(3))
+            added |= {"update_seconds": round(took, 3), "an update each 50,000 images": round(
+                100 * took / per_epoch / statistics.median(times[without]), 2)}
+    result |= dict(hardware=limits(args, steps["default"], bfloat16, device),
+                   inference=bench_inference(args, device), memory_bytes=peak_memory())
     print(json.dumps(result, indent=1))
     return result
 

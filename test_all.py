@@ -2089,20 +2089,33 @@ def test_two_processes_do_not_share_a_folder(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- commands and documents
 
 def test_compare_joins_seeds_and_draws(finished, tmp_path, capsys):
-    tiny(tmp_path / "other", "--seed", "1")
+    result = tiny(tmp_path / "other", "--seed", "1")
     text = (tmp_path / "other/result.json").read_text()
     (tmp_path / "other/result.json").write_text(text.replace('"ratio": 4.0', '"ratio": 4'))
     capsys.readouterr()
     pytest.importorskip("matplotlib")
     picture = tmp_path / "picture.png"
+    judged = {k: result[k] for k in ("script", "bytes", "attack")} | dict(
+        autoattack_acc=41.23, autoattack_ci=[27.0, 56.8], images=40)
+    (tmp_path / "other/evaluate-autoattack.json").write_text(json.dumps(judged))
     common.main(["compare", str(finished[0]), str(tmp_path / "other"), "--plot", str(picture)])
     rows = capsys.readouterr().out.strip().splitlines()
+    assert "| AutoAttack %, interval, images |" in rows[0] and "| 41.2, 27.0 to 56.8 on 40 |" in rows[2]
     assert len(rows) == 3 and "2 seeds" in rows[2] and len({row.count("|") for row in rows}) == 1
     assert picture.stat().st_size > 1000
+    (tmp_path / "other/evaluate-autoattack.json").write_text(json.dumps(judged | {"bytes": 1}))
+    common.main(["compare", str(finished[0]), str(tmp_path / "other")])
+    out, errors = capsys.readouterr()
+    assert "another file" in errors and "AutoAttack" not in out and "2 seeds" not in out
+
+
+def test_saved_for_backward_counts_each_tensor_once():
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    assert common.saved_for_backward(model, torch.rand(7, 3)) == 4 * 7 * (3 + 5)   # the ReLU's serves twice
 
 
 def test_bench_times_every_step_and_the_naive_one_learns_the_same(capsys, digits):
-    command = "bench --arch lenet --width 1 --batch-size 8 --num-steps 1 --rounds 2 --amp off --device cpu"
+    command = "bench --arch lenet --width 4 --batch-size 8 --num-steps 1 --rounds 2 --amp off --device cpu"
     result = common.main(command.split())
     assert json.loads(capsys.readouterr().out) == result
     steps = result["steps"]
@@ -2111,6 +2124,15 @@ def test_bench_times_every_step_and_the_naive_one_learns_the_same(capsys, digits
     for step in steps.values():
         assert 0.99 < step["images_per_second"] * step["seconds"] / 8 < 1.01 or step["seconds"] < 0.02
     assert set(result["added_per_cent"]) == {script.__name__ for script in SCRIPTS}
+    hardware, sizes = result["hardware"], result["inference"]["params_ratio"]
+    network = common.build_network("lenet", 4, 3, 10, (32, 32)).eval()
+    forward = 2e-9 * 8 * common.count_macs(network, dict(channels=3, size=(32, 32)))
+    assert hardware["gflop_a_step"] == pytest.approx(dict(naive=6 * forward, default=5 * forward), rel=1e-3)
+    float32, bfloat16 = hardware["matrix_gflop_per_second"].values()
+    assert float32 > 0 and bfloat16 > 0 and hardware["times_naive_at_these_rates"] == 1.2      # --amp off
+    assert 50 < sum(hardware["profile_per_cent"].values()) < 100.5
+    assert sizes["dense"] == 1 and sizes["filters"] > 8 and 15.9 < sizes["cstar"] < 16.6
+    assert set(result["inference"]["batch_1_ms"]) == {*sizes, *(f"{name}, folded" for name in sizes)}
     batch = next(digits.batches(16, torch.Generator().manual_seed(1)))
     args = cstar.get_args("--dataset digits --device cpu --amp off --num-steps 3 --weight-decay 0".split())
     model = common.build_network("lenet", 1, 1, 10, (8, 8))
