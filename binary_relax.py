@@ -49,7 +49,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (NETWORKS, RECIPES, Fault, Parser, Run, UsageFault, autocast, build_network,
+from common import (NETWORKS, RECIPES, Fault, Parser, Run, UsageFault, WideBlock, autocast, build_network,
                     channel_groups, cli, conv3x3, evaluate, load_data, load_pretrained, network_of, number,
                     per_cent, pgd, prepare, radius, resized, resolve, save_model, sgd, whole,
                     without_channels)
@@ -129,18 +129,14 @@ def get_args(argv=None):
 
 # ---------------------------------------------------------------- the network
 
-class NoisyBlock(nn.Module):
+class NoisyBlock(WideBlock):
     """A pre-activation residual block, then noise [A]."""
     def __init__(self, c_in, c_out, stride, noise):
-        super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(c_in), conv3x3(c_in, c_out, stride)
-        self.bn2, self.conv2 = nn.BatchNorm2d(c_out), conv3x3(c_out, c_out)
-        self.shortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False) if c_in != c_out else None
+        super().__init__(c_in, c_out, stride)
         self.noise = noise
 
     def forward(self, x):
-        h = F.relu(self.bn1(x))
-        out = self.conv2(F.relu(self.bn2(self.conv1(h)))) + (self.shortcut(h) if self.shortcut else x)
+        out = super().forward(x)
         return add_noise(out, self.noise) if self.noise else out
 
 
