@@ -8,6 +8,7 @@ Nothing in this file belongs to one paper. A network takes images in [0, 1], (N,
 """
 import argparse
 import contextlib
+import copy
 import functools
 import hashlib
 import importlib.util
@@ -825,7 +826,8 @@ def autoattack(model, images, *, epsilon, seed=0):
     """Accuracy in per cent under AutoAttack (Croce and Hein 2020; optional pyautoattack), and its version."""
     from pyautoattack import AutoAttack
     with judging(model, seed=seed):
-        x, y = to_float(images[0]), images[1]
+        x, y = to_float(images[0]).contiguous(), images[1]       # its gradients may not be channels last
+        model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
         version = "rand" if is_random(model, x[:64]) else "standard"
         judge = AutoAttack(model, eps=epsilon, norm="Linf", version=version, seed=seed, device=x.device)
         with torch.enable_grad():
@@ -1470,8 +1472,9 @@ def limits(args, step, bfloat16, device):
         kept = saved_for_backward(model.train(), x)
     with torch.profiler.profile() as profile:
         step()
-    clock = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
-    found = sorted(((getattr(e, clock), e.key) for e in profile.key_averages()), reverse=True)
+    kind, clock = ("CPU", "self_cpu_time_total") if device == "cpu" else ("CUDA", "self_device_time_total")
+    found = sorted(((getattr(e, clock), e.key) for e in profile.key_averages()
+                    if e.device_type.name == kind), reverse=True)
     total = sum(spent for spent, _ in found)
     rate = rates["bfloat16" if bfloat16 else "float32"]
     bound = work["naive"] / rates["float32"] / (work["default"] / rate)

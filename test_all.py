@@ -294,6 +294,23 @@ def test_margin_loss_is_the_gap_to_the_best_other_class():
 SETTINGS = dict(epsilon=0.2, step_size=0.05, num_steps=20)
 
 
+def test_autoattack_gets_gradients_that_it_can_view_flat(monkeypatch):
+    """It calls grad.view(N, -1), which fails on a gradient of several channels that is channels last."""
+    pyautoattack = pytest.importorskip("pyautoattack")
+
+    def attack(self, x, y, batch_size):
+        leaf = x.clone().requires_grad_()
+        torch.autograd.grad(self.model(leaf).sum(), leaf)[0].view(len(x), -1)
+        seen.append(x.shape)
+        return x, y
+    seen, model = [], resnet(channels=3).eval().to(memory_format=torch.channels_last)
+    monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation", attack)
+    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    y = model(common.to_float(images)).argmax(1)
+    assert common.autoattack(model, (images, y), epsilon=0.1) == (100.0, "standard") and seen == [images.shape]
+    assert model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_evaluate_is_near_autoattack(digits):
     pyautoattack = pytest.importorskip("pyautoattack")
     model = common.load_model(SHIPPED / "model.pt")
@@ -2178,6 +2195,14 @@ def test_readme_commands_parse_and_its_tables_are_what_compare_prints(capsys, mo
             assert Path(argv[1]).is_file()
         elif script != "-m":
             importlib.import_module(script.removesuffix(".py")).get_args([*argv, "--device", "cpu"])
+
+
+def test_results_are_one_table_in_which_no_run_stands_twice(capsys, monkeypatch):
+    monkeypatch.chdir(HERE)
+    folders = sorted(str(path.parent) for path in Path("results").glob("*/result.json"))
+    rows = common.main(["compare", *folders])
+    assert sorted(run["folder"] for runs in rows for run in runs) == folders
+    assert not capsys.readouterr().err
 
 
 def test_readme_snippet_classifies_an_image(capsys, monkeypatch, digits):
