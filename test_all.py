@@ -307,7 +307,8 @@ def test_autoattack_gets_gradients_that_it_can_view_flat(monkeypatch):
     monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation", attack)
     images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
     y = model(common.to_float(images)).argmax(1)
-    assert common.autoattack(model, (images, y), epsilon=0.1) == (100.0, "standard") and seen == [images.shape]
+    assert common.autoattack(model, (images, y), epsilon=0.1) == (100.0, "standard")
+    assert seen == [images.shape]
     assert model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
 
