@@ -823,13 +823,18 @@ def transfer(model, source, images, *, epsilon, step_size, num_steps, eot=10, se
 
 
 def autoattack(model, images, *, epsilon, seed=0):
-    """Accuracy in per cent under AutoAttack (Croce and Hein 2020; optional pyautoattack), and its version."""
+    """Accuracy in per cent under AutoAttack (Croce and Hein 2020; optional pyautoattack), and its version.
+    It targets 9 classes an image, or all others; Fault below the four classes that it needs."""
     from pyautoattack import AutoAttack
     with judging(model, seed=seed):
         x, y = to_float(images[0]).contiguous(), images[1]       # its gradients may not be channels last
         model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
         version = "rand" if is_random(model, x[:64]) else "standard"
         judge = AutoAttack(model, eps=epsilon, norm="Linf", version=version, seed=seed, device=x.device)
+        classes = logits_of(model, x[:1]).shape[1]
+        if classes < 4:
+            raise Fault(f"AutoAttack needs four classes or more, and this network has {classes}")
+        judge.apgd_targeted.n_target_classes = judge.fab.n_target_classes = min(9, classes - 1)
         with torch.enable_grad():
             x_adv = judge.run_standard_evaluation(x, y, batch_size=250)[0]
         return per_cent(torch.cat([logits_of(model, x).argmax(1) for x in x_adv.split(250)]) == y), version
@@ -849,19 +854,26 @@ def count_macs(model, network):
     return sum(counts)
 
 
+def seconds_of(function, device):
+    """How long function() takes, on the device too."""
+    wait = torch.cuda.synchronize if device != "cpu" else lambda _: None
+    wait(device)
+    begin = time.perf_counter()
+    function()
+    wait(device)
+    return time.perf_counter() - begin
+
+
 @torch.no_grad()
 def latency(models, network, batch_size, device):
     """Median milliseconds of each model's forward pass, float32, channels last, timed in turn in one loop."""
     shape = batch_size, network["channels"], *network["size"]
     x = to_float(torch.zeros(shape, dtype=torch.uint8, device=device))
     times, begin = [[] for _ in models], time.perf_counter()
-    while len(times[0]) < 6 or time.perf_counter() - begin < 0.5:
-        for model, measured in zip(models, times):
-            before = time.perf_counter()
-            model(x)
-            if device != "cpu":
-                torch.cuda.synchronize(device)
-            measured.append(1000 * (time.perf_counter() - before))
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+        while len(times[0]) < 6 or time.perf_counter() - begin < 0.5:
+            for model, measured in zip(models, times):
+                measured.append(1000 * seconds_of(lambda: model(x), device))
     return [round(statistics.median(t[1:]), 3) for t in times]   # the first one warms up
 
 
@@ -1265,13 +1277,17 @@ def read_run(folder):
     run = json.loads((Path(folder) / "result.json").read_text()) | {"folder": folder}
     run["nonzeros_ratio"] = run["dense_parameters"] / run["nonzeros"]
     kept = Path(folder) / "evaluate-autoattack.json"
-    if kept.is_file():
-        judged = json.loads(kept.read_text())
-        if any(judged[k] != run[k] for k in ("script", "bytes")) or \
-                judged["attack"]["epsilon"] != run["attack"]["epsilon"]:
-            raise ValueError(f"{kept.name} is of another file or radius")
-        low, high = judged["autoattack_ci"]
-        run["autoattack"] = f"{judged['autoattack_acc']:.1f}, {low} to {high} on {judged['images']:,}"
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            judged = json.loads(kept.read_text())
+            if any(judged[k] != run[k] for k in ("script", "bytes")) or judged["dataset"] != run["args"][
+                    "dataset"] or judged["attack"]["epsilon"] != run["attack"]["epsilon"]:
+                raise ValueError("it is of another file, data set or radius")
+            low, high = judged["autoattack_ci"]
+            run["autoattack"] = (f"{judged['autoattack_acc']:.1f}, {low} to {high}; PGD "
+                                 f"{judged['robust_acc']:.1f}; {judged['images']:,} images")
+        except (ValueError, KeyError, TypeError) as fault:
+            print(f"left out: {kept} ({first_line(fault)})", file=sys.stderr)
     return run
 
 
@@ -1280,14 +1296,19 @@ def compare_command(args):
     def show(value):                                              # 16 and 16.0 are one ratio
         return f"{value:g}" if isinstance(value, float) else str(value)
 
+    if args.plot and not args.plot.endswith((".png", ".pdf", ".svg")):
+        raise UsageFault(f"argument --plot: {args.plot} does not end in .png, .pdf or .svg")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        raise UsageFault("argument --plot: matplotlib is not installed")
     rows = {}
     for folder in args.folders:
         try:
             run = read_run(folder)
+            run["latency_ms"]["batch_1"], run["latency_ms"]["batch_128"]             # older files lack one
             same = {k: show(v) for k, v in run["args"].items()
                     if k not in ("seed", "pretrained", "ticket")}
             rows.setdefault(json.dumps(same | {"script": run["script"]}, sort_keys=True), []).append(run)
-        except (OSError, ValueError, KeyError, TypeError) as fault:
+        except (OSError, ArithmeticError, ValueError, LookupError, TypeError, AttributeError) as fault:
             print(f"left out: {folder} holds no readable result.json ({fault})", file=sys.stderr)
     if not rows:
         raise Fault("none of these folders holds a finished run")
@@ -1309,7 +1330,7 @@ def compare_command(args):
     heads = ["run", "dense clean, robust %", "clean %", "robust %", "95 % interval", "bytes", "bytes x",
              "nonzeros x", "MACs x", "batch 1 ms, dense", "batch 128 ms, dense", "flags", "folder",
              "command (of the first)"]
-    more = {"verified_acc": "verified %", "autoattack": "AutoAttack %, interval, images",
+    more = {"verified_acc": "verified %", "autoattack": "AutoAttack %, interval; PGD there",
             "fgsm_acc": "FGSM %", "ifgsm_acc": "I-FGSM %", "margin_acc": "margin loss %",
             "sparsity": "zeros %", "channel_sparsity": "dead channels %"}
     more = {k: head for k, head in more.items() if any(k in run for runs in rows.values() for run in runs)}
@@ -1326,7 +1347,8 @@ def compare_command(args):
                  mean(runs, "macs_ratio"), both(runs, "batch_1"), both(runs, "batch_128"),
                  "; ".join(sorted({flag for run in runs for flag in run["flags"]})) or "none",
                  " ".join(run["folder"] for run in runs), f"`{runs[0]['command']}`"]
-        cells[5:5] = ["; ".join(run[k] for run in runs if k in run) if k == "autoattack" else
+        attacked = [f"seed {run['args']['seed']}: {run['autoattack']}" for run in runs if "autoattack" in run]
+        cells[5:5] = ["; ".join(attacked) if k == "autoattack" else
                       mean(runs, k) if all(k in run for run in runs) else "" for k in more]
         print("| " + " | ".join(cells) + " |")
     if args.plot:
@@ -1336,8 +1358,6 @@ def compare_command(args):
 
 def draw(runs, path):
     """A picture of robust accuracy and its interval against bytes; needs matplotlib."""
-    if not importlib.util.find_spec("matplotlib") or not path.endswith((".png", ".pdf", ".svg")):
-        raise UsageFault(f"argument --plot: {path} is no .png, .pdf or .svg, or no matplotlib")
     from matplotlib.figure import Figure
     axes = Figure(figsize=(8, 5)).subplots()
     for script in sorted({run["script"] for run in runs}):
@@ -1390,7 +1410,7 @@ def bench_steps(args, device):
         torch.manual_seed(0)
         model = prepare(build_network(args.arch, args.width, 3, 10, (32, 32)), settings)
         extra = with_method(model)
-        optimizer, schedule = sgd(extra.get("scores", model), 1e-4, 10**6, data, settings)
+        optimizer, schedule = sgd(extra.pop("trained", model), 1e-4, 10**6, data, settings)
         return lambda: script.train_epoch(model, [batch], optimizer, schedule, settings, **extra)
 
     def factors(model):
@@ -1409,7 +1429,9 @@ def bench_steps(args, device):
         return dict(penalty=admm.penalty)
 
     def scores(model):
-        return dict(scores=hydra_prune.Scores(model, "irregular", 10).to(device))
+        found = hydra_prune.Scores(model, "irregular", 10).to(device)
+        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        return dict(scores=found, trained=nn.ModuleList([found, *norms]))
 
     def quantised(model):
         return dict(weights=list(binary_relax.quantisable(model).values()), lam=2.0)
@@ -1422,25 +1444,17 @@ def bench_steps(args, device):
     steps = {"naive": lambda: naive_step(plain, optimizer, *inputs), "default": step_of(cstar)}
     if args.compile:
         steps["compiled"] = step_of(cstar, lambda model: {}, "--compile")
-    return steps | {"cstar": step_of(cstar, factors), "admm_prune": step_of(admm_prune, filters),
-                    "hydra_prune without": step_of(hydra_prune),
+    with contextlib.suppress(UsageFault):                            # too narrow for that ratio
+        steps["cstar"] = step_of(cstar, factors)
+    return steps | {"admm_prune": step_of(admm_prune, filters), "hydra_prune without": step_of(hydra_prune),
                     "hydra_prune": step_of(hydra_prune, scores),
                     "binary_relax without": step_of(binary_relax),
                     "binary_relax": step_of(binary_relax, quantised)}, papers, settings.amp
 
 
-def seconds_of(function, device):
-    """How long function() takes, on the device too."""
-    wait = torch.cuda.synchronize if device != "cpu" else lambda _: None
-    wait(device)
-    begin = time.perf_counter()
-    function()
-    wait(device)
-    return time.perf_counter() - begin
-
-
 def saved_for_backward(model, x):
-    """Bytes that a forward pass over x keeps for the backward pass, parameters not counted."""
+    """Bytes that a forward pass over x keeps for the backward pass, parameters not counted (but autocast's
+    copies of them are)."""
     kept = {}
 
     def keep(t):
@@ -1474,7 +1488,7 @@ def limits(args, step, bfloat16, device):
         step()
     kind, clock = ("CPU", "self_cpu_time_total") if device == "cpu" else ("CUDA", "self_device_time_total")
     found = sorted(((getattr(e, clock), e.key) for e in profile.key_averages()
-                    if e.device_type.name == kind), reverse=True)
+                    if e.device_type.name == kind and not e.is_user_annotation), reverse=True)
     total = sum(spent for spent, _ in found)
     rate = rates["bfloat16" if bfloat16 else "float32"]
     bound = work["naive"] / rates["float32"] / (work["default"] / rate)
@@ -1519,8 +1533,9 @@ def bench_command(args):
         for name, step in progress(list(steps.items()), f"round {turn}/{args.rounds}", len(steps)):
             if device != "cpu":
                 torch.cuda.reset_peak_memory_stats(device)
+                before = torch.cuda.memory_allocated(device)
             times[name].append(seconds_of(step, device))
-            memory[name] = None if device == "cpu" else torch.cuda.max_memory_allocated(device)
+            memory[name] = None if device == "cpu" else torch.cuda.max_memory_allocated(device) - before
     times = {name: t[1:] for name, t in times.items()}
 
     def ratio(a, b):
@@ -1535,8 +1550,8 @@ def bench_command(args):
         middle = statistics.median(t)
         result["steps"][name] = dict(
             seconds=round(middle, 4), images_per_second=round(args.batch_size / middle, 1),
-            times_naive=round(ratio("naive", name), 2), gpu_memory_bytes=memory[name])
-    per_epoch = 50000 // args.batch_size
+            times_naive=round(ratio("naive", name), 2), gpu_bytes_above_resident=memory[name])
+    per_epoch = 50000 / args.batch_size
     for name, (without, update) in papers.items():
         result["added_per_cent"][name] = added = {"a step": round(100 * (ratio(name, without) - 1), 1)}
         if update:

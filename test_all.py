@@ -302,14 +302,17 @@ def test_autoattack_gets_gradients_that_it_can_view_flat(monkeypatch):
         leaf = x.clone().requires_grad_()
         torch.autograd.grad(self.model(leaf).sum(), leaf)[0].view(len(x), -1)
         seen.append(x.shape)
+        assert self.apgd_targeted.n_target_classes == self.fab.n_target_classes == 4
         return x, y
-    seen, model = [], resnet(channels=3).eval().to(memory_format=torch.channels_last)
+    seen, model = [], resnet(channels=3, classes=5).eval().to(memory_format=torch.channels_last)
     monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation", attack)
     images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
     y = model(common.to_float(images)).argmax(1)
     assert common.autoattack(model, (images, y), epsilon=0.1) == (100.0, "standard")
     assert seen == [images.shape]
     assert model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(common.Fault, match="four classes"):
+        common.autoattack(resnet(channels=3, classes=3), (images, y), epsilon=0.1)
 
 
 def test_evaluate_is_near_autoattack(digits):
@@ -2114,17 +2117,22 @@ def test_compare_joins_seeds_and_draws(finished, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "picture.png"
     judged = {k: result[k] for k in ("script", "bytes", "attack")} | dict(
-        autoattack_acc=41.23, autoattack_ci=[27.0, 56.8], images=40)
+        dataset="digits", robust_acc=45.0, autoattack_acc=41.23, autoattack_ci=[27.0, 56.8], images=40)
     (tmp_path / "other/evaluate-autoattack.json").write_text(json.dumps(judged))
     common.main(["compare", str(finished[0]), str(tmp_path / "other"), "--plot", str(picture)])
     rows = capsys.readouterr().out.strip().splitlines()
-    assert "| AutoAttack %, interval, images |" in rows[0] and "| 41.2, 27.0 to 56.8 on 40 |" in rows[2]
+    assert "| seed 1: 41.2, 27.0 to 56.8; PGD 45.0; 40 images |" in rows[2] and "AutoAttack" in rows[0]
     assert len(rows) == 3 and "2 seeds" in rows[2] and len({row.count("|") for row in rows}) == 1
     assert picture.stat().st_size > 1000
-    (tmp_path / "other/evaluate-autoattack.json").write_text(json.dumps(judged | {"bytes": 1}))
+    for damaged, reason in ((json.dumps(judged | {"bytes": 1}), "another file"), ("", "Expecting value")):
+        (tmp_path / "other/evaluate-autoattack.json").write_text(damaged)
+        common.main(["compare", str(finished[0]), str(tmp_path / "other")])
+        out, errors = capsys.readouterr()
+        assert reason in errors and "AutoAttack" not in out and "2 seeds" in out
+    (tmp_path / "other/result.json").write_text(json.dumps(result | {"latency_ms": {}}))
     common.main(["compare", str(finished[0]), str(tmp_path / "other")])
     out, errors = capsys.readouterr()
-    assert "another file" in errors and "AutoAttack" not in out and "2 seeds" not in out
+    assert "left out" in errors and "2 seeds" not in out
 
 
 def test_saved_for_backward_counts_each_tensor_once():
