@@ -1499,25 +1499,28 @@ def limits(args, step, bfloat16, device):
 
 def bench_inference(args, device):
     """Milliseconds a forward pass, without training (random weights), of the dense network, of CSTAR's at
-    ratio 16, and of one with a quarter of the filters, near ratio 16, where the width allows these; batch
-    norm as it is, and folded."""
+    ratio 16 by both rank rules, and of one with a quarter of the filters, near ratio 16, where the width
+    allows these; batch norm as it is, and folded."""
     import cstar
     from torch.fx.experimental.optimization import fuse
     torch.manual_seed(0)
-    dense, factors = (build_network(args.arch, args.width, 3, 10, (32, 32)).eval() for _ in range(2))
-    models = dict(dense=dense)
+    network = dict(channels=3, size=(32, 32))
+    dense = build_network(args.arch, args.width, 3, 10, (32, 32)).eval()
+    models, weights = dict(dense=dense), {n: m.weight.detach() for n, m in cstar.factorisable(dense).items()}
     with contextlib.suppress(UsageFault):
-        budget = cstar.parameter_budget(factors, 16)
-        weights = {name: m.weight.detach() for name, m in cstar.factorisable(factors).items()}
-        models["cstar"] = cstar.factorise(factors, cstar.choose_ranks(weights, budget)).eval()
+        budget = cstar.parameter_budget(dense, 16)
+        for rule in ("hull", "uniform"):
+            ranks = cstar.choose_ranks(weights, budget, rule)
+            models[f"cstar {rule}"] = cstar.factorise(copy.deepcopy(dense), ranks).eval()
     if args.width % 4 == 0:
         models["filters"] = build_network(args.arch, args.width // 4, 3, 10, (32, 32)).eval()
     sizes = {name: sum(p.numel() for p in m.parameters()) for name, m in models.items()}
+    macs = {name: count_macs(m, network) for name, m in models.items()}
     models |= {f"{name}, folded": fuse(m) for name, m in models.items()}
     for model in models.values():
         model.to(device, memory_format=torch.channels_last)
-    network = dict(channels=3, size=(32, 32))
     return dict(params_ratio={name: round(sizes["dense"] / n, 1) for name, n in sizes.items()},
+                macs_ratio={name: round(macs["dense"] / n, 1) for name, n in macs.items()},
                 **{f"batch_{batch}_ms": dict(zip(models, latency(models.values(), network, batch, device)))
                    for batch in (1, 128)})
 

@@ -2157,7 +2157,7 @@ def test_bench_times_every_step_and_the_naive_one_learns_the_same(capsys, digits
     float32, bfloat16 = hardware["matrix_gflop_per_second"].values()
     assert float32 > 0 and bfloat16 > 0 and hardware["times_naive_at_these_rates"] == 1.2      # --amp off
     assert 50 < sum(hardware["profile_per_cent"].values()) < 100.5
-    assert sizes["dense"] == 1 and sizes["filters"] > 8 and 15.9 < sizes["cstar"] < 16.6
+    assert sizes["dense"] == 1 and sizes["filters"] > 8 and 15.9 < sizes["cstar hull"] < 16.6
     assert set(result["inference"]["batch_1_ms"]) == {*sizes, *(f"{name}, folded" for name in sizes)}
     batch = next(digits.batches(16, torch.Generator().manual_seed(1)))
     args = cstar.get_args("--dataset digits --device cpu --amp off --num-steps 3 --weight-decay 0".split())
