@@ -1291,17 +1291,14 @@ def read_run(folder):
     return run
 
 
-def compare_command(args):
-    """Prints a row for each set of runs that differ in the seed alone: means, and the range of several."""
+def same_but_seed(folders):
+    """{settings as JSON: runs} of the finished runs in `folders`; one that differs in its seed alone stands
+    with the others. Faults where a seed is there twice, or nothing is."""
     def show(value):                                              # 16 and 16.0 are one ratio
         return f"{value:g}" if isinstance(value, float) else str(value)
 
-    if args.plot and not args.plot.endswith((".png", ".pdf", ".svg")):
-        raise UsageFault(f"argument --plot: {args.plot} does not end in .png, .pdf or .svg")
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        raise UsageFault("argument --plot: matplotlib is not installed")
     rows = {}
-    for folder in args.folders:
+    for folder in folders:
         try:
             run = read_run(folder)
             run["latency_ms"]["batch_1"], run["latency_ms"]["batch_128"]             # older files lack one
@@ -1315,6 +1312,16 @@ def compare_command(args):
     for runs in rows.values():
         if len({run["args"]["seed"] for run in runs}) < len(runs):
             raise Fault(f"one run twice, or two of one seed: {' '.join(run['folder'] for run in runs)}")
+    return rows
+
+
+def compare_command(args):
+    """Prints a row for each set of runs that differ in the seed alone: means, and the range of several."""
+    if args.plot and not args.plot.endswith((".png", ".pdf", ".svg")):
+        raise UsageFault(f"argument --plot: {args.plot} does not end in .png, .pdf or .svg")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        raise UsageFault("argument --plot: matplotlib is not installed")
+    rows = same_but_seed(args.folders)
     sets = [json.loads(row) for row in rows]
     told = {k for k in {k for same in sets for k in same} if len({s[k] for s in sets if k in s}) > 1}
     told = sorted((told | {"dataset", "arch", "width", "ratio", "bits"}) - {"script"})
@@ -1333,7 +1340,9 @@ def compare_command(args):
     more = {"verified_acc": "verified %", "autoattack": "AutoAttack %, interval; PGD there",
             "fgsm_acc": "FGSM %", "ifgsm_acc": "I-FGSM %", "margin_acc": "margin loss %",
             "sparsity": "zeros %", "channel_sparsity": "dead channels %"}
-    more = {k: head for k, head in more.items() if any(k in run for runs in rows.values() for run in runs)}
+    sparse = "verified_acc", "autoattack"                              # a column that some rows leave empty
+    more = {k: head for k, head in more.items() if (any if k in sparse else all)(
+        k in run for runs in rows.values() for run in runs)}
     heads[5:5] = more.values()
     heads[1] = "dense clean, robust, verified %" if "verified_acc" in more else heads[1]
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
@@ -1347,7 +1356,8 @@ def compare_command(args):
                  mean(runs, "macs_ratio"), both(runs, "batch_1"), both(runs, "batch_128"),
                  "; ".join(sorted({flag for run in runs for flag in run["flags"]})) or "none",
                  " ".join(run["folder"] for run in runs), f"`{runs[0]['command']}`"]
-        attacked = [f"seed {run['args']['seed']}: {run['autoattack']}" for run in runs if "autoattack" in run]
+        attacked = [(f"seed {run['args']['seed']}: " if len(runs) > 1 else "") + run["autoattack"]
+                    for run in runs if "autoattack" in run]
         cells[5:5] = ["; ".join(attacked) if k == "autoattack" else
                       mean(runs, k) if all(k in run for run in runs) else "" for k in more]
         print("| " + " | ".join(cells) + " |")
