@@ -2124,7 +2124,8 @@ def test_compare_joins_seeds_and_draws(finished, tmp_path, capsys):
     assert "| seed 1: 41.2, 27.0 to 56.8; PGD 45.0; 40 images |" in rows[2] and "AutoAttack" in rows[0]
     assert len(rows) == 3 and "2 seeds" in rows[2] and len({row.count("|") for row in rows}) == 1
     assert picture.stat().st_size > 1000
-    for damaged, reason in ((json.dumps(judged | {"bytes": 1}), "another file"), ("", "Expecting value")):
+    others = [json.dumps(judged | other) for other in ({"bytes": 1}, {"dataset": "mnist"}, {"script": "x"})]
+    for damaged, reason in [*((other, "another file") for other in others), ("", "Expecting value")]:
         (tmp_path / "other/evaluate-autoattack.json").write_text(damaged)
         common.main(["compare", str(finished[0]), str(tmp_path / "other")])
         out, errors = capsys.readouterr()
