@@ -15,7 +15,7 @@ and let ADMM pull the weights towards sparse ones, so that the final cut costs l
   [G]  W <- project(W), the pruned stay zero; then trained on like [A], with a fresh optimizer
 A column is one of the matrix (filters, C k k): a position (c, y, x) in all filters. The paper's theta is W.
 
-What is whose. The problem, [A] to [E] and pruning every layer alike are the paper's. Its classifier stays
+Sources. The problem, [A] to [E] and pruning every layer alike are the paper's. Its classifier stays
 whole in the authors' code, from which [G] comes too. The paper prints [F] as U + rho (W - Z), which does not
 agree with its (8) and (10); this is the form that does, and the one of the code. Ours: the rule for rho, all
 schedules, that bias and batch norm of a dead filter die with it and that it leaves the network, and
@@ -28,54 +28,24 @@ as hard as [D]: a rho of the paper is weaker here.
       --admm-interval 9 --finetune-epochs 300 --batch-size 128 --rho 1e-3      300 epochs, K = 30, its rho
 The paper, clean / PGD-10 robust % (Table 4): ResNet-18 of width 16 82.71 / 49.31, of width 4 from scratch
 77.35 / 44.99, pruned 16 -> 4 78.85 / 47.19. Table 2, MNIST, PGD-40: width 8 98.85 / 93.51, 4 98.15 / 91.38,
-8 -> 4 98.87 / 94.27. What we measured is in README.md.
+8 -> 4 98.87 / 94.27. What we measured is in results/README.md.
 """
 import math
 import shutil
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (NETWORKS, Fault, Parser, Run, UsageFault, apply_masks, autocast, build_network, cli,
-                    channel_groups, largest, load_data, load_pretrained, network_of, number, pgd, prepare,
-                    parameter_masks, radius, read_model, remove_filters, resized, resolve, save_model, sgd,
-                    whole)
+from common import (Fault, Run, UsageFault, apply_masks_, autocast, build_network, channel_groups, cli,
+                    load_data, load_pretrained, network_of, number, parameter_masks, pgd, prepare, ramp, rate,
+                    read_artifact, recipes, remove_filters_, resize_, resolve, save_model, script_parser, sgd,
+                    topk_mask, whole)
 
 
 def get_args(argv=None):
-    parser = Parser(__doc__, prog=Path(__file__).name)
-    run = parser.add_argument_group("run")
-    run.add_argument("--dataset", default="cifar10", help="digits, mnist, cifar10, cifar100, svhn, a folder")
-    run.add_argument("--data-dir", default="data", help="where data sets are looked for and downloaded to")
-    run.add_argument("--workers", type=whole(1, 256), default=8, help="threads that decode class folders")
-    run.add_argument("--train-images", type=whole(0), default=0, help="balanced subset to train on; 0 is all")
-    run.add_argument("--eval-images", type=whole(0), help="the same of the test set (default: 1000 on a CPU)")
-    run.add_argument("--arch", choices=NETWORKS)
-    run.add_argument("--width", type=whole(1, 64), help="16 is the standard network")
-    run.add_argument("--seed", type=whole(0), default=0)
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    run.add_argument("--output", help="the run's folder (default: runs/ and a name made of the flags)")
-    run.add_argument("--resume", action="store_true", help="continue the run in --output")
-    run.add_argument("--pretrained", help="a dense.pt to start from; skips pre-training")
-    train = parser.add_argument_group("training (defaults depend on the data set: RECIPES in common.py)")
-    train.add_argument("--pretrain-epochs", type=whole(0, 10000))
-    train.add_argument("--finetune-epochs", type=whole(0, 10000))
-    train.add_argument("--batch-size", type=whole(2, 65536))
-    train.add_argument("--lr", type=number(1e-8, 10), help="peak learning rate of pre-training")
-    train.add_argument("--momentum", type=number(0, 0.999), default=0.9)
-    train.add_argument("--weight-decay", type=number(0, 1), default=5e-4)
-    train.add_argument("--amp", choices=("auto", "on", "off"), default="auto", help="bfloat16 in training")
-    train.add_argument("--compile", action="store_true", help="torch.compile the network in training")
-    attack = parser.add_argument_group("attack (l_inf; pixels are in [0, 1])")
-    attack.add_argument("--epsilon", type=radius, help="radius, such as 8/255")
-    attack.add_argument("--step-size", type=radius)
-    attack.add_argument("--num-steps", type=whole(0, 10000), help="PGD steps in training")
-    attack.add_argument("--ramp-epochs", type=whole(0, 10000), help="first epochs, in which the radius grows")
-    attack.add_argument("--eval-steps", type=whole(1, 10000), default=50, help="PGD steps in evaluation")
-    attack.add_argument("--restarts", type=whole(1, 1000), default=5, help="random starts in evaluation")
+    parser = script_parser(__doc__, __file__, recipes("admm_epochs"))
     paper = parser.add_argument_group("ADMM pruning")
     paper.add_argument("--mode", choices=MODES, default="admm", help="the method or a baseline")
     paper.add_argument("--ticket", help="ticket.pt of a --mode admm run that pre-trained")
@@ -84,14 +54,14 @@ def get_args(argv=None):
     paper.add_argument("--target-width", type=whole(1, 64), help="instead: the ratio is width / target width")
     paper.add_argument("--group-residual", action="store_true", help="one filter mask for a residual stream")
     paper.add_argument("--admm-epochs", type=whole(0, 10000), help="0 is the one-shot baseline")
-    paper.add_argument("--admm-interval", type=whole(1, 10000), default=1, help="epochs of an ADMM iteration")
-    paper.add_argument("--admm-lr", type=number(1e-8, 10), help="peak learning rate (default: half of --lr)")
-    paper.add_argument("--finetune-lr", type=number(1e-8, 10), help="of fine-tuning (default: --lr)")
+    paper.add_argument("--admm-interval", type=whole(1, 10000), help="epochs an ADMM iteration (default: 1)")
+    paper.add_argument("--admm-lr", type=rate, help="peak learning rate (default: half of --lr)")
+    paper.add_argument("--finetune-lr", type=rate, help="of fine-tuning (default: --lr)")
     paper.add_argument("--rho", type=number(1e-9, 1000), help="penalty (default: fits rate and interval)")
-    paper.add_argument("--rho-growth", type=number(1, 100), default=1.0, help="factor at every update")
-    paper.add_argument("--rho-max", type=number(1e-9, 1000), default=10.0, help="where the growth ends")
-    args = resolve(parser, parser.parse_args(argv), compress="admm_epochs")
-    args.admm_lr, args.finetune_lr = args.admm_lr or args.lr / 2, args.finetune_lr or args.lr
+    paper.add_argument("--rho-growth", type=number(1, 100), help="factor at every update (default: 1)")
+    paper.add_argument("--rho-max", type=number(1e-9, 1000), help="where the growth ends (default: 10)")
+    args = resolve(parser, parser.parse_args(argv), longest_ramp=lambda args: phases_of(args)[
+        "finetune" if args.mode == "ticket" else "pretrain"])
     if args.target_width and (args.ratio or args.target_width > args.width):
         parser.error(f"argument --target-width: not with --ratio, and from 1 to {args.width}, the width")
     args.ratio = args.width / args.target_width if args.target_width else args.ratio or 4.0
@@ -104,12 +74,19 @@ def get_args(argv=None):
     if args.group_residual and (args.scheme != "filter" or args.arch not in ("resnet18", "wrn28_4")
                                 or args.mode in ("scratch", "ticket")):
         parser.error("argument --group-residual: is for pruning filters of resnet18 and wrn28_4")
+    if not phases_of(args)["admm"]:
+        parser.refuse(args, "without ADMM epochs", "rho", "rho_growth", "rho_max", "admm_lr", "admm_interval")
+    if (args.rho_growth or 1) == 1:
+        parser.refuse(args, "without --rho-growth", "rho_max")
+    if args.mode in ("scratch", "ticket"):
+        parser.refuse(args, f"in --mode {args.mode}, which trains at --lr", "finetune_lr")
+    args.admm_lr, args.finetune_lr = args.admm_lr or args.lr / 2, args.finetune_lr or args.lr
+    args.rho_growth, args.rho_max = args.rho_growth or 1.0, args.rho_max or 10.0
+    args.admm_interval = args.admm_interval or 1
     if args.rho_growth > 1 and args.rho and args.rho > args.rho_max:
         parser.error(f"argument --rho-growth: --rho is beyond --rho-max, {args.rho_max:g}, from the start")
-    if 0 < args.admm_epochs < args.admm_interval and args.mode == "admm":
+    if 0 < phases_of(args)["admm"] < args.admm_interval:
         parser.error(f"argument --admm-interval: {args.admm_interval} is more than --admm-epochs")
-    phases = MODES[args.mode](args.pretrain_epochs, args.admm_epochs, args.finetune_epochs)
-    args.ramp_epochs = min(args.ramp_epochs, phases[2] if args.mode == "ticket" else phases[0])
     return args
 
 
@@ -119,6 +96,12 @@ MODES = {
     "post": lambda p, a, f: (p, 0, a + f),                       # cut at once, its appendix A
     "scratch": lambda p, a, f: (p + a + f, 0, 0),                # first hypothesis: only the size matters
     "ticket": lambda p, a, f: (0, 0, p + a + f)}                 # second: size and inherited initial values
+
+
+def phases_of(args):
+    """{phase: epochs} of the mode."""
+    epochs = MODES[args.mode](args.pretrain_epochs, args.admm_epochs, args.finetune_epochs)
+    return dict(zip(("pretrain", "admm", "finetune"), epochs))
 
 
 # ---------------------------------------------------------------- the method
@@ -149,7 +132,7 @@ def choose_masks(weights, scheme, ratio, tied=()):
         norms |= dict.fromkeys(names, torch.stack([norms[name] for name in names]).norm(dim=0))
     masks = {}
     for name, w in weights.items():
-        mask = largest(norms[name], ratio)
+        mask = topk_mask(norms[name], ratio)
         shape = {"filter": (-1, 1), "column": (1, -1), "irregular": (len(w), -1)}[scheme]
         masks[name] = mask.view(shape).expand_as(w.flatten(1)).reshape(w.shape)
     return masks
@@ -204,8 +187,8 @@ class ADMM:
 
 
 def build(artifact):
-    """The network of a model.pt: with the layers' stored sizes; weights loaded strictly."""
-    return resized(build_network(**artifact["network"]), artifact["state"])
+    """The network of a model.pt or dense.pt: with the layers' stored sizes; weights loaded strictly."""
+    return resize_(build_network(**artifact["network"]), artifact["state"])
 
 
 # ---------------------------------------------------------------- training
@@ -221,7 +204,7 @@ def train_epoch(model, batches, optimizer, schedule, args, penalty=None, masks=N
             x_adv = pgd(model, x, y, strength * args.epsilon, strength * args.step_size, args.num_steps)
             model.train()
             logits = model(x_adv)
-        loss = F.cross_entropy(logits.float(), y)                    # [A] outer min
+        loss = F.cross_entropy(logits.float(), y)                    # [A] outer min; inner max: pgd
         total, right, n = total + loss.detach() * len(y), right + (logits.argmax(1) == y).sum(), n + len(y)
         if penalty:
             loss = loss + penalty()                                  # [D]
@@ -230,7 +213,7 @@ def train_epoch(model, batches, optimizer, schedule, args, penalty=None, masks=N
         optimizer.step()
         schedule.step()
         if masks:
-            apply_masks(model, masks)                                # [G]
+            apply_masks_(model, masks)                               # [G]
     if not math.isfinite(total):
         raise Fault("the training loss is not finite: training has diverged (try a lower --lr, or --amp off)")
     return dict(loss=total.item() / n, train_robust_acc=100 * right.item() / n)
@@ -240,7 +223,7 @@ def read_ticket(args, network):
     """Initial weights and masks that a pruning run left; UsageFault unless it pruned that network so."""
     if not Path(args.ticket).is_file() or not Path(args.ticket).with_name("dense.pt").is_file():
         raise UsageFault(f"argument --ticket: there is no file {args.ticket}, or no dense.pt beside it")
-    ticket, made = read_model(args.ticket)[0], dict(network=network, scheme=args.scheme, ratio=args.ratio)
+    ticket, made = read_artifact(args.ticket), dict(network=network, scheme=args.scheme, ratio=args.ratio)
     shapes = {name: mask.shape for name, mask in ticket.get("masks", {}).items()}
     fits = shapes and all(name in ticket["state"] and ticket["state"][name].shape == shape
                           for name, shape in shapes.items())
@@ -250,87 +233,85 @@ def read_ticket(args, network):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
     args = get_args(argv)
     data = load_data(args)
     network = network_of(args, data)
-    ratio, phases = args.ratio, MODES[args.mode](args.pretrain_epochs, args.admm_epochs, args.finetune_epochs)
+    phases, ratio = phases_of(args), args.ratio
     if args.mode == "scratch":
         network["width"], ratio = args.target_width, 1
     model = build_network(**network)
     if args.pretrained:
         load_pretrained(model, args.pretrained, network)
     ticket = read_ticket(args, network) if args.ticket else None
-    run = Run(args, data, __file__, argv)
+    run = Run(args, data, __file__, phases, argv)
     if run.result:
         return run.result
-    initial = run.once("initial", lambda: None if args.pretrained or args.ticket else
-                       {name: t.clone() for name, t in model.state_dict().items()})
+    initial = run.compute_once("initial", lambda: None if args.pretrained or args.ticket else
+                               {name: t.clone() for name, t in model.state_dict().items()})
     model = prepare(model, args)
     layers = prunable(model)
     tied = [list(writers) for writers, _, _ in channel_groups(model)] if args.group_residual else ()
-
-    def strength(epoch):                                             # of the attack, in its first epochs
-        return min(1.0, (epoch + 1) / max(1, args.ramp_epochs))
 
     def choose(weights):
         return choose_masks(weights, args.scheme, ratio, tied)       # [B]
 
     # Phase 1: a dense robust network.
-    optimizer, schedule = sgd(model, args.lr, phases[0], data, args)
-    for epoch in run.epochs("pretrain", phases[0], model=model, optimizer=optimizer, schedule=schedule):
-        fields = train_epoch(model, run.batches(), optimizer, schedule, args, strength=strength(epoch))
-        run.log(epoch=epoch + 1, **fields, strength=strength(epoch))
-    if ticket:
-        run.once("dense", lambda: shutil.copy(Path(args.ticket).with_name("dense.pt"), run.folder) and None)
-    else:
-        run.once("dense", lambda: save_model(run.folder / "dense.pt", "common", network, model, args))
+    optimizer, schedule = sgd(model, args.lr, phases["pretrain"], data, args)
+    for epoch in run.epochs("pretrain", model=model, optimizer=optimizer, schedule=schedule):
+        strength = ramp(epoch, args.ramp_epochs)
+        fields = train_epoch(model, run.batches(), optimizer, schedule, args, strength=strength)
+        run.log(epoch=epoch + 1, **fields, strength=strength)
+
+    def save_dense():
+        if ticket:
+            shutil.copy(Path(args.ticket).with_name("dense.pt"), run.folder)
+        else:
+            save_model(run.folder / "dense.pt", run.script, "dense", network, model, args)
+    run.compute_once("dense", save_dense)
 
     # Phase 2: ADMM pulls the dense weights towards sparse ones. W follows Z - U with time constant
     # (1 - momentum) / (lr rho) steps; at the peak rate three of them fit the interval of updates.
     steps = args.admm_interval * data.steps(args.batch_size)
     rho = args.rho or 3 * (1 - args.momentum) / (args.admm_lr * steps)
     admm = ADMM(layers, choose, rho, args.rho_growth, args.rho_max)
-    optimizer, schedule = sgd(model, args.admm_lr, phases[1], data, args)
-    for epoch in run.epochs("admm", phases[1],
-                            model=model, optimizer=optimizer, schedule=schedule, admm=admm):
+    optimizer, schedule = sgd(model, args.admm_lr, phases["admm"], data, args)
+    for epoch in run.epochs("admm", model=model, optimizer=optimizer, schedule=schedule, admm=admm):
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, admm.penalty)
         if (epoch + 1) % args.admm_interval == 0:
             fields["rho"] = admm.rho
             fields["residual"], fields["mask_changed"] = admm.update()
         run.log(epoch=epoch + 1, **fields)
-    if admm.residuals and admm.residuals[0] < admm.residuals[-1] == max(admm.residuals):
+    if admm.residuals and admm.residuals[-1] > 1.1 * min(admm.residuals):
         run.log(note="the residual grew: ADMM did not converge; more --admm-epochs or another --rho may help")
 
     # Phase 3: the cut, and fine-tuning of what is left.
     def choose_and_save_ticket():
         if ticket:
             return ticket["masks"]
-        masks = choose({name: layer.weight for name, layer in layers.items()})
-        masks = parameter_masks(model, masks, filters=args.scheme == "filter")
+        masks = parameter_masks(model, choose(admm.weights), filters=args.scheme == "filter")
         masks = {name: mask.cpu() for name, mask in masks.items()}
         if initial and args.mode == "admm":
             first = build_network(**network)
             first.load_state_dict(initial)
-            save_model(run.folder / "ticket.pt", "common", network, first, args, masks=masks,
+            save_model(run.folder / "ticket.pt", run.script, "ticket", network, first, args, masks=masks,
                        scheme=args.scheme, ratio=args.ratio)
         return masks
-    masks = {n: mask.to(args.device) for n, mask in run.once("masks", choose_and_save_ticket).items()}
+    masks = {n: mask.to(args.device) for n, mask in run.compute_once("masks", choose_and_save_ticket).items()}
     if ticket:
         model.load_state_dict(ticket["state"])
-    apply_masks(model, masks)                                        # [G]
+    apply_masks_(model, masks)                                       # [G]
     kept = {name: int(mask.sum()) for name, mask in masks.items() if name.endswith("weight")}
     if args.scheme == "filter":
-        model, masks = remove_filters(model, masks)
+        model, masks = remove_filters_(model, masks)
     model, masks = prepare(model, args), {name: mask for name, mask in masks.items() if not mask.all()}
     lr = args.lr if ticket else args.finetune_lr
-    optimizer, schedule = sgd(model, lr, phases[2], data, args)
-    for epoch in run.epochs("finetune", phases[2], model=model, optimizer=optimizer, schedule=schedule):
-        power = strength(epoch) if ticket else 1.0
-        fields = train_epoch(model, run.batches(), optimizer, schedule, args, masks=masks, strength=power)
+    optimizer, schedule = sgd(model, lr, phases["finetune"], data, args)
+    for epoch in run.epochs("finetune", model=model, optimizer=optimizer, schedule=schedule):
+        strength = ramp(epoch, args.ramp_epochs) if ticket else 1.0
+        fields = train_epoch(model, run.batches(), optimizer, schedule, args, masks=masks, strength=strength)
         run.log(epoch=epoch + 1, **fields)
-    save_model(run.folder / "model.pt", run.script, network, model, args)
-    return run.finish(kept=kept, rho=rho if phases[1] else None)
+    save_model(run.folder / "model.pt", run.script, "compact", network, model, args)
+    return run.finish(kept=kept, rho=rho if phases["admm"] else None)
 
 
 if __name__ == "__main__":

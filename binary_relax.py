@@ -21,7 +21,7 @@ to those every epoch and there at last; adversarially, with noise, and with clea
   [G]  an input channel k of a layer is dead where W[:, k] = 0; what writes it goes where none else reads it
 The latent weights, the authors' y, are v here; x, y are always image and label.
 
-What is whose. The body of 2008.13305 was not at hand: [A] to [G] are from its authors' code, from Binary-
+Sources. The body of 2008.13305 was not available: [A] to [G] are from its authors' code, from Binary-
 Relax's and from EnResNet's. Quantised are, as there, all convolutions but the 1x1 shortcuts, the first one
 included, and in the networks of common.py hidden linear layers too; the rest stays float. What differs from
 the authors' code: std is that of each image, theirs runs over the batch, so that an image's logits depend on
@@ -30,7 +30,7 @@ PGD sees batch norm's running statistics, and its iterates do not enter them; ev
 images that are not cropped, and nothing is selected; SGD is Nesterov's. Noise is on in training, in attacks
 and in evaluation, as theirs. Ours: one cycle of the rate over both phases, not steps; and pre-training.
 [F] is not normalised, so that its step is nine times that of --adv-weight 1 --nat-weight 0. A network with
-noise is attacked with EOT, judged by the mean over 10 draws, and flagged as random. In an EnResNet only
+noise is attacked with EOT, evaluated by the mean over 10 draws, and flagged as random. In an EnResNet only
 channels between the two convolutions of a block can go: of the dead ones, a part.
 
   python binary_relax.py --dataset digits --bits 2     two and a half minutes on two CPU cores, no network
@@ -38,73 +38,47 @@ channels between the two convolutions of a block can go: of the dead ones, a par
   python binary_relax.py --depth 56 --bits 4 --pretrain-epochs 0 --relax-epochs 120 --finetune-epochs 80
       --relax-lr 0.1 --batch-size 128 --epsilon 0.031 --step-size 0.007         the authors' length and attack
 The authors' README, channel sparsity by [F] (bits not said): En1ResNet56 on CIFAR-10 33.18 %, En2ResNet56 on
-CIFAR-100 43.94 %. No accuracy of theirs is known to us. What we measured is in README.md.
+CIFAR-100 43.94 %. No accuracy of theirs is known to us. What we measured is in results/README.md.
 """
 import contextlib
 import math
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (NETWORKS, RECIPES, Fault, Parser, Run, UsageFault, WideBlock, autocast, build_network,
-                    channel_groups, cli, conv3x3, evaluate, load_data, load_pretrained, network_of, number,
-                    per_cent, pgd, prepare, radius, resized, resolve, save_model, sgd, whole,
+from common import (CIFAR, RECIPES, Fault, Run, UsageFault, WideBlock, autocast, build_network, channel_groups,
+                    cli, conv3x3, evaluate, load_data, load_pretrained, network_of, number, per_cent, pgd,
+                    prepare, ramp, rate, recipes, resize_, resolve, save_model, script_parser, sgd, whole,
                     without_channels)
 
 
 def get_args(argv=None):
-    parser = Parser(__doc__, prog=Path(__file__).name)
-    run = parser.add_argument_group("run")
-    run.add_argument("--dataset", default="cifar10", help="digits, mnist, cifar10, cifar100, svhn, a folder")
-    run.add_argument("--data-dir", default="data", help="where data sets are looked for and downloaded to")
-    run.add_argument("--workers", type=whole(1, 256), default=8, help="threads that decode class folders")
-    run.add_argument("--train-images", type=whole(0), default=0, help="balanced subset to train on; 0 is all")
-    run.add_argument("--eval-images", type=whole(0), help="the same of the test set (default: 1000 on a CPU)")
-    run.add_argument("--arch", choices=("enresnet", *NETWORKS), default="enresnet")
-    run.add_argument("--width", type=whole(1, 64), help="16 is the standard network")
-    run.add_argument("--seed", type=whole(0), default=0)
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    run.add_argument("--output", help="the run's folder (default: runs/ and a name made of the flags)")
-    run.add_argument("--resume", action="store_true", help="continue the run in --output")
-    run.add_argument("--pretrained", help="a dense.pt to start from; skips pre-training")
-    train = parser.add_argument_group("training (defaults depend on the data set: RECIPES in common.py)")
-    train.add_argument("--pretrain-epochs", type=whole(0, 10000), help="of float weights")
-    train.add_argument("--finetune-epochs", type=whole(0, 10000), help="after the switch")
-    train.add_argument("--batch-size", type=whole(2, 65536))
-    train.add_argument("--lr", type=number(1e-8, 10), help="peak learning rate of pre-training")
-    train.add_argument("--momentum", type=number(0, 0.999), default=0.9)
-    train.add_argument("--weight-decay", type=number(0, 1), default=5e-4)
-    train.add_argument("--amp", choices=("auto", "on", "off"), default="auto", help="bfloat16 in training")
-    train.add_argument("--compile", action="store_true", help="torch.compile the network in training")
-    attack = parser.add_argument_group("attack (l_inf; pixels are in [0, 1])")
-    attack.add_argument("--epsilon", type=radius, help="radius, such as 8/255")
-    attack.add_argument("--step-size", type=radius)
-    attack.add_argument("--num-steps", type=whole(0, 10000), help="PGD steps in training")
-    attack.add_argument("--ramp-epochs", type=whole(0, 10000), help="first epochs, in which the radius grows")
-    attack.add_argument("--eval-steps", type=whole(1, 10000), help="PGD steps in evaluation (50; noise: 20)")
-    attack.add_argument("--restarts", type=whole(1, 1000), help="random starts in evaluation (5; noise: 1)")
-    attack.add_argument("--eot", type=whole(1, 1000), help="passes a gradient, with noise (default: 10)")
+    defaults = recipes("relax_epochs")
+    for recipe in defaults.values():                                 # the authors switch at 120 of 200 epochs
+        epochs = recipe["relax_epochs"] + recipe["finetune_epochs"]
+        recipe |= dict(arch="enresnet", width=max(8, recipe["width"]), relax_epochs=round(0.6 * epochs),
+                       finetune_epochs=epochs - round(0.6 * epochs))
+    parser = script_parser(__doc__, __file__, defaults, networks=["enresnet"])
+    parser.set_defaults(eval_steps=None, restarts=None)              # with noise fewer: see below
     paper = parser.add_argument_group("Binary-Relax, EnResNet and the trade-off loss")
+    paper.add_argument("--eot", type=whole(1, 1000), help="passes a gradient, with noise (default: 10)")
     paper.add_argument("--bits", type=int, choices=(1, 2, 4, 32), default=2, help="a weight; 32 is float")
     paper.add_argument("--method", choices=("br", "bc"), default="br", help="bc, BinaryConnect: w = q always")
     paper.add_argument("--relax-epochs", type=whole(0, 10000), help="before the switch to quantised weights")
-    paper.add_argument("--relax-lr", type=number(1e-8, 10), help="the other phases' peak (default: --lr / 2)")
+    paper.add_argument("--relax-lr", type=rate, help="the other phases' peak (default: --lr / 2)")
     paper.add_argument("--adv-weight", type=number(0, 1000), default=8.0, help="of adversarial images")
     paper.add_argument("--nat-weight", type=number(0, 1000), default=1.0, help="of clean images")
     paper.add_argument("--depth", type=whole(8, 1202), help="6 b + 2 layers of an enresnet (default: 20)")
     paper.add_argument("--members", type=whole(1, 100), help="networks in an enresnet (default: 1)")
     paper.add_argument("--noise", type=number(0, 10), help="a of an enresnet (default: 0.1)")
     args = parser.parse_args(argv)
-    if args.pretrained and args.ramp_epochs:
-        parser.error("argument --ramp-epochs: not with --pretrained, which begins at the full radius")
-    recipe, ensemble = RECIPES.get(args.dataset, RECIPES["cifar10"]), args.arch == "enresnet"
-    epochs = recipe["compress_epochs"] + recipe["finetune_epochs"]         # the authors switch at 120 of 200
-    resolve(parser, args, "relax_epochs", relax_epochs=round(0.6 * epochs),
-            finetune_epochs=epochs - round(0.6 * epochs),
-            **(dict(width=8 if recipe["width"] < 16 else 16) if ensemble else {}))
+    ensemble = args.arch in (None, "enresnet")
+    resolve(parser, args, longest_ramp=lambda args: 0 if args.pretrained else (
+        args.pretrain_epochs + args.relax_epochs + args.finetune_epochs),
+        **({} if ensemble else dict(width=RECIPES.get(args.dataset, CIFAR)["width"])))
+    if not args.relax_epochs + args.finetune_epochs:
+        parser.refuse(args, "without --relax-epochs and --finetune-epochs", "relax_lr")
     args.relax_lr = args.relax_lr or args.lr / 2
     for flag, value in dict(depth=20, members=1, noise=0.1).items():
         if ensemble and getattr(args, flag) is None:
@@ -122,8 +96,6 @@ def get_args(argv=None):
     args.eval_steps = args.eval_steps or (20 if args.noise else 50)
     args.restarts = args.restarts or (1 if args.noise else 5)
     args.eot = args.eot or (10 if args.noise else None)
-    epochs = args.pretrain_epochs + args.relax_epochs + args.finetune_epochs
-    args.ramp_epochs = 0 if args.pretrained else min(args.ramp_epochs, epochs)
     return args
 
 
@@ -195,12 +167,12 @@ def make_network(arch, size, **network):
 
 
 def build(artifact):
-    """The network of a model.pt, or of an EnResNet's dense.pt."""
+    """The network of a model.pt or dense.pt."""
     state = dict(artifact["state"])
     for name, codes in unpack(artifact.get("codes"), artifact.get("shapes_of_codes", {}),
                               artifact.get("bits_of_codes")).items():
         state[name] = state.pop(f"{name}.scale") * codes
-    return resized(make_network(**artifact["network"]), state)
+    return resize_(make_network(**artifact["network"]), state)
 
 
 # ---------------------------------------------------------------- the method
@@ -347,32 +319,29 @@ def train_epoch(model, batches, optimizer, schedule, args, weights=(), lam=math.
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
     args = get_args(argv)
     data = load_data(args)
-    network, maker = network_of(args, data), "common"
-    if args.arch == "enresnet":                                      # which common.py cannot build again
+    network = network_of(args, data)
+    if args.arch == "enresnet":
         network |= dict(depth=args.depth, members=args.members, noise=args.noise)
-        maker = Path(__file__).stem
     model = make_network(**network)
     if args.pretrained:
-        load_pretrained(model, args.pretrained, network, maker)
-    run = Run(args, data, __file__, argv)
+        load_pretrained(model, args.pretrained, network)
+    phases = dict(pretrain=args.pretrain_epochs, relax=args.relax_epochs, finetune=args.finetune_epochs)
+    run = Run(args, data, __file__, phases, argv)
     if run.result:
         return run.result
     model = prepare(model, args)
     weights = list(quantisable(model).values()) if args.bits < 32 else []
 
-    def strength(*epochs):                                           # of the attack, after so many epochs
-        return min(1.0, (sum(epochs) + 1) / max(1, args.ramp_epochs))
-
-    # Phase 1: a dense robust network of float weights.
+    # Phase 1: a dense robust network of float weights. The radius may grow over all phases.
     optimizer, schedule = sgd(model, args.lr, args.pretrain_epochs, data, args)
-    for epoch in run.epochs("pretrain", args.pretrain_epochs,
-                            model=model, optimizer=optimizer, schedule=schedule):
-        fields = train_epoch(model, run.batches(), optimizer, schedule, args, strength=strength(epoch))
-        run.log(epoch=epoch + 1, **fields, strength=strength(epoch))
-    run.once("dense", lambda: save_model(run.folder / "dense.pt", maker, network, model, args))
+    for epoch in run.epochs("pretrain", model=model, optimizer=optimizer, schedule=schedule):
+        strength = ramp(epoch, args.ramp_epochs)
+        fields = train_epoch(model, run.batches(), optimizer, schedule, args, strength=strength)
+        run.log(epoch=epoch + 1, **fields, strength=strength)
+    dense = run.folder / "dense.pt"
+    run.compute_once("dense", lambda: save_model(dense, run.script, "dense", network, model, args))
 
     def zeros():                                                     # of q, for the log
         return sparsity([project(w.detach(), args.bits)[0] for w in weights]) if weights else {}
@@ -380,33 +349,34 @@ def main(argv=None):
     # Phase 2: relaxed weights, ever nearer to quantised ones. The model holds v between the steps.
     optimizer, schedule = sgd(model, args.relax_lr, args.relax_epochs + args.finetune_epochs, data, args)
     states = dict(model=model, optimizer=optimizer, schedule=schedule)
-    for epoch in run.epochs("relax", args.relax_epochs, **states):
+    for epoch in run.epochs("relax", **states):
         lam = 350 ** (epoch / args.relax_epochs) if args.method == "br" else math.inf                # [E]
-        power = strength(args.pretrain_epochs, epoch)
-        fields = train_epoch(model, run.batches(), optimizer, schedule, args, weights, lam, power)
+        strength = ramp(args.pretrain_epochs + epoch, args.ramp_epochs)
+        fields = train_epoch(model, run.batches(), optimizer, schedule, args, weights, lam, strength)
         fields |= {"lam": lam} if weights and args.method == "br" else {}
-        run.log(epoch=epoch + 1, **fields, **zeros(), strength=power)
+        run.log(epoch=epoch + 1, **fields, **zeros(), strength=strength)
 
     # Phase 3: after the switch, quantised weights; lam = inf.
-    for epoch in run.epochs("finetune", args.finetune_epochs, **states):
-        power = strength(args.pretrain_epochs, args.relax_epochs, epoch)
-        fields = train_epoch(model, run.batches(), optimizer, schedule, args, weights, strength=power)
-        run.log(epoch=epoch + 1, **fields, **zeros(), strength=power)
+    for epoch in run.epochs("finetune", **states):
+        strength = ramp(args.pretrain_epochs + args.relax_epochs + epoch, args.ramp_epochs)
+        fields = train_epoch(model, run.batches(), optimizer, schedule, args, weights, strength=strength)
+        run.log(epoch=epoch + 1, **fields, **zeros(), strength=strength)
 
     # The file: q of the last v, as codes and scales.
     state, codes, found = encode(model, args.bits)
-    save_model(run.folder / "model.pt", run.script, network, model, args, state=state, **codes)
+    save_model(run.folder / "model.pt", run.script, "compact", network, model, args, state=state, **codes)
 
-    def judge(model, robust):
-        """The authors' FGSM and I-FGSM (20 steps of 1/255 at 8/255); for C&W in l2, its loss in l_inf."""
-        attack = dict(epsilon=args.epsilon, random_start=False, eot=1, seed=args.seed)
-        attacks = dict(fgsm=dict(step_size=args.epsilon, num_steps=1),
-                       ifgsm=dict(step_size=args.epsilon / 8, num_steps=20),
-                       margin=dict(step_size=args.epsilon / 8, num_steps=20, loss="margin"))
-        judged = {name: evaluate(model, data.test, **attack, **more) for name, more in attacks.items()}
-        return {f"{name}_acc": j["robust_acc"] for name, j in judged.items()} | {
-            "attacks": {name: j["attack"] for name, j in judged.items()}}
-    return run.finish(judge, **found)
+    def extra_metrics(model, robust):
+        """The authors' FGSM and I-FGSM (20 steps of 1/255 at 8/255), one pass a gradient; for C&W in l2, its
+        loss in l_inf."""
+        attack, step = dict(epsilon=args.epsilon, random_start=False, seed=args.seed), args.epsilon / 8
+        attacks = dict(fgsm=dict(step_size=args.epsilon, num_steps=1, eot=1),
+                       ifgsm=dict(step_size=step, num_steps=20, eot=1),
+                       margin=dict(step_size=step, num_steps=20, eot=args.eot or 1, loss="margin"))
+        results = {name: evaluate(model, data.test, **attack, **more) for name, more in attacks.items()}
+        return {f"{name}_acc": r["robust_acc"] for name, r in results.items()} | {
+            "attacks": {name: r["attack"] for name, r in results.items()}}
+    return run.finish(extra_metrics, **found)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,16 @@
-"""What the four papers share: data, networks, PGD, evaluation, checkpoints, logs and compact files.
+"""What the four scripts share: flags, data, networks, PGD, evaluation, files and the run.
 
-Nothing in this file belongs to one paper. A network takes images in [0, 1], (N, C, H, W), and gives logits.
-
-  python common.py evaluate runs/DIR/model.pt   judges a saved network: PGD, margin loss, transfer, AutoAttack
-  python common.py compare runs/*               one Markdown table over finished runs of all scripts
-  python common.py bench                        what a training step costs, and what each paper adds to it
+Nothing here belongs to one paper. A network takes images in [0, 1], (N, C, H, W), and gives logits. Scripts
+import this file, which knows none of them and is never run; programs for finished work are in tools/.
 """
 import argparse
 import contextlib
-import copy
-import functools
-import hashlib
-import importlib.util
+import importlib
+import io
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -22,28 +18,31 @@ import statistics
 import sys
 import time
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-# The defaults of every data set; the keys are flags. The epochs are ours: digits fits two minutes of two CPU
-# cores, the others are for a GPU: 80 in all, meant (not measured) to take ten minutes of an H200 on CIFAR-10.
-# compress_epochs are those of the paper's own phase.
+# The defaults of every data set; the keys are flags, compress_epochs those of the paper's own phase. The epochs
+# are ours: digits fits two minutes of two CPU cores, the others are for a GPU: 80 in all, meant (not measured)
+# to take ten minutes of an H200 on CIFAR-10.
 CIFAR = dict(arch="resnet18", width=16, pretrain_epochs=40, compress_epochs=20, finetune_epochs=20,
-             batch_size=256, lr=0.2, epsilon=8 / 255, step_size=2 / 255, num_steps=10, ramp_epochs=0,
-             crop=4, flip=True)
-GREY = CIFAR | dict(width=4, crop=0, flip=False)
+             batch_size=256, lr=0.2, momentum=0.9, weight_decay=5e-4, epsilon=8 / 255, step_size=2 / 255,
+             num_steps=10, ramp_epochs=0)
 RECIPES = {
-    "digits": GREY | dict(pretrain_epochs=15, compress_epochs=6, finetune_epochs=10, batch_size=64, lr=0.1,
-                          epsilon=0.2, step_size=0.05),
-    "mnist": GREY | dict(arch="lenet", batch_size=128, lr=0.05, epsilon=0.3, step_size=0.01, num_steps=40,
-                         ramp_epochs=10),
-    "cifar10": CIFAR, "cifar100": CIFAR, "svhn": CIFAR | dict(lr=0.1, flip=False)}
+    "digits": CIFAR | dict(width=4, pretrain_epochs=15, compress_epochs=6, finetune_epochs=10, batch_size=64,
+                           lr=0.1, epsilon=0.2, step_size=0.05),
+    "mnist": CIFAR | dict(arch="lenet", width=4, batch_size=128, lr=0.05, epsilon=0.3, step_size=0.01,
+                          num_steps=40, ramp_epochs=10),
+    "cifar10": CIFAR, "cifar100": CIFAR, "svhn": CIFAR | dict(lr=0.1)}
+AUGMENTATION = {"digits": dict(), "mnist": dict(), "svhn": dict(crop=4)}      # others: crop=4, flip=True
 
 
 # ---------------------------------------------------------------- faults and flags
@@ -62,13 +61,24 @@ def first_line(fault):
     return str(fault).strip().partition("\n")[0] or type(fault).__name__
 
 
+def dashed(flag):
+    return "--" + flag.replace("_", "-")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, whose errors are one line."""
     def __init__(self, description, **more):
-        super().__init__(description=description.strip().splitlines()[0], allow_abbrev=False, **more)
+        super().__init__(description=description.strip().splitlines()[0], allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **more)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
+
+    def refuse(self, args, reason, *flags):
+        """One line and exit 2 if one of these flags, whose default is None, was given: it does nothing then."""
+        for flag in flags:
+            if getattr(args, flag) is not None:
+                self.error(f"argument {dashed(flag)}: does nothing {reason}")
 
 
 def number(low, high, kind=float, hint=""):
@@ -88,11 +98,57 @@ def whole(low, high=10**9):
 
 
 radius = number(0, 1, hint=" (pixels are in [0, 1]: write 8/255, not 8)")
+rate = number(1e-8, 10)
 
 
-def resolve(parser, args, compress, **defaults):
-    """Fills the flags not given, first from `defaults`, then from RECIPES, refuses contradictions, and seeds
-    torch; compress names the flag that holds the epochs of the paper's own phase."""
+def recipes(phase):
+    """RECIPES, in which compress_epochs is the flag `phase` of a script."""
+    return {name: {phase if key == "compress_epochs" else key: value for key, value in recipe.items()}
+            for name, recipe in RECIPES.items()}
+
+
+def script_parser(doc, script, defaults, networks=()):
+    """The parser of a script with the flags that all four have; the script adds its paper's own. defaults is
+    what recipes() gives; networks are names of --arch that only this script knows."""
+    parser = Parser(doc, prog=Path(script).name, epilog="defaults of each data set:\n" + "\n".join(
+        f"  {name}: " + " ".join(f"{dashed(k)} {v:.5g}" if isinstance(v, float) else f"{dashed(k)} {v}"
+                                 for k, v in recipe.items()) for name, recipe in defaults.items()))
+    parser.recipes = defaults
+    run = parser.add_argument_group("run")
+    run.add_argument("--dataset", default="cifar10", help="digits, mnist, cifar10, cifar100, svhn, a folder")
+    run.add_argument("--data-dir", default="data", help="where data sets are looked for and downloaded to")
+    run.add_argument("--workers", type=whole(1, 256), default=8, help="threads that decode class folders")
+    run.add_argument("--train-images", type=whole(0), default=0, help="balanced subset to train on; 0 is all")
+    run.add_argument("--eval-images", type=whole(0), help="the same of the test set (default: 1000 on a CPU)")
+    run.add_argument("--arch", choices=(*networks, *NETWORKS))
+    run.add_argument("--width", type=whole(1, 64), help="16 is the standard network")
+    run.add_argument("--seed", type=whole(0), default=0)
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    run.add_argument("--output", help="the run's folder (default: runs/ and a name made of the flags)")
+    run.add_argument("--resume", action="store_true", help="continue the run in --output")
+    run.add_argument("--pretrained", help="a dense.pt to start from; skips pre-training")
+    train = parser.add_argument_group("training")
+    train.add_argument("--pretrain-epochs", type=whole(0, 10000))
+    train.add_argument("--finetune-epochs", type=whole(0, 10000))
+    train.add_argument("--batch-size", type=whole(2, 65536))
+    train.add_argument("--lr", type=rate, help="peak learning rate of pre-training")
+    train.add_argument("--momentum", type=number(0, 0.999))
+    train.add_argument("--weight-decay", type=number(0, 1))
+    train.add_argument("--amp", choices=("auto", "on", "off"), default="auto", help="bfloat16 in training")
+    train.add_argument("--compile", action="store_true", help="torch.compile the network in training")
+    attack = parser.add_argument_group("attack (l_inf; pixels are in [0, 1])")
+    attack.add_argument("--epsilon", type=radius, help="radius, such as 8/255")
+    attack.add_argument("--step-size", type=radius)
+    attack.add_argument("--num-steps", type=whole(0, 10000), help="PGD steps in training")
+    attack.add_argument("--ramp-epochs", type=whole(0, 10000), help="first epochs, in which the radius grows")
+    attack.add_argument("--eval-steps", type=whole(1, 10000), default=50, help="PGD steps in evaluation")
+    attack.add_argument("--restarts", type=whole(1, 1000), default=5, help="random starts in evaluation")
+    return parser
+
+
+def resolve(parser, args, longest_ramp=lambda args: args.pretrain_epochs, **defaults):
+    """Fills the flags not given, first from `defaults`, then from the data set's recipe, refuses what
+    contradicts, and seeds torch. --ramp-epochs has at most longest_ramp(args)."""
     if args.dataset not in RECIPES and args.epsilon is None:
         parser.error(f"argument --dataset: {args.dataset} is none of {', '.join(RECIPES)}; a folder of "
                      "classes of your own needs --epsilon")
@@ -100,10 +156,15 @@ def resolve(parser, args, compress, **defaults):
         parser.error("argument --pretrain-epochs: not with --pretrained, which skips that phase")
     if args.pretrained:
         args.pretrain_epochs = 0
-    recipe = RECIPES.get(args.dataset) or CIFAR | dict(step_size=args.epsilon / 4)
-    for name, value in (recipe | {compress: recipe["compress_epochs"]} | defaults).items():
-        if getattr(args, name, 0) is None:
+    recipe = parser.recipes.get(args.dataset) or parser.recipes["cifar10"] | dict(step_size=args.epsilon / 4)
+    ramp_given = args.ramp_epochs or 0
+    for name, value in (recipe | defaults).items():
+        if getattr(args, name) is None:
             setattr(args, name, value)
+    if ramp_given > (longest := longest_ramp(args)):
+        parser.error(f"argument --ramp-epochs: {ramp_given} is more than the {longest} epochs in which the radius "
+                     "can grow here")
+    args.ramp_epochs = min(args.ramp_epochs, longest)
     args.device = check_device(args.device)
     if args.compile and not any(map(shutil.which, ("cc", "gcc", "c++", "g++", "clang++"))):
         parser.error("argument --compile: torch.compile needs a C++ compiler, and none is on the PATH")
@@ -138,16 +199,23 @@ def autocast(args):
 def cli(main):
     """Runs main(); a fault becomes one line and a status; a signal stops at once and says how to continue."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:                               # closed by the shell: `2>&-`
+            setattr(sys, name, open(os.devnull, "w"))
+        if isinstance(getattr(sys, name), io.TextIOWrapper):         # a path may hold unprintable characters
+            getattr(sys, name).reconfigure(errors="backslashreplace")
     status = message = None
     try:
         main()
     except Fault as fault:
-        status, message = fault.status, fault
-    except BrokenPipeError:                                      # `| head` closed the pipe
+        status, message = fault.status, f"{Run.active.where}{fault}" if Run.active else fault
+    except BrokenPipeError:                                          # `| head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
-    except torch.OutOfMemoryError:
-        status, message = 1, "out of memory on the device; a smaller --batch-size or --width needs less"
+    except (MemoryError, RuntimeError) as fault:
+        if isinstance(fault, RuntimeError) and not re.search("out of memory|can't allocate", str(fault)):
+            raise
+        status, message = 1, "out of memory; a smaller --batch-size or --width needs less"
     except OSError as fault:
         status, message = 1, fault
     except KeyboardInterrupt:
@@ -158,8 +226,24 @@ def cli(main):
         command = shlex.join(["python", *(a for a in sys.argv if a != "--resume"), "--resume"])
         message = f"stopped; the last finished epoch is kept. To continue: {command}"
     if message:
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        print(f"{CLEAR * sys.stderr.isatty()}{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+CLEAR = "\r\033[K"                                               # what progress() left on the terminal's line
+
+
+def progress(items, label, total, later=0):
+    """Iterates over items; on a terminal, and only there, with a line of progress and the time to go, which
+    counts `later` more such items that come afterwards."""
+    begin, terminal = time.time(), sys.stderr.isatty()
+    for i, item in enumerate(items):
+        if terminal:
+            rest = int((time.time() - begin) / max(1, i) * (total + later - i))
+            to_go = f", {rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02} to go" if i else ""
+            print(f"{CLEAR}{label}: {i + 1}/{total}{to_go}", end="", file=sys.stderr, flush=True)
+        yield item
+    print(CLEAR * terminal, end="", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------- data
@@ -205,7 +289,7 @@ def augment(x, crop, flip, generator):
                                  rows[:, None, :, None], cols[:, None, None]]
 
 
-def balanced(labels, count):
+def balanced(labels, count=None):
     """Indices (count,) of the first images of each class in turn, so that every prefix is balanced too."""
     rank = np.empty(len(labels), int)
     for label in np.unique(labels):
@@ -218,13 +302,18 @@ def load_data(args):
     for in args.data_dir as torchvision lays it out, then as class folders NAME/{train,test}/<class>/*; a
     known set that is absent is downloaded by torchvision. digits lies beside this file."""
     name, root = args.dataset, Path(args.data_dir)
+    folders = (root / name / "train").is_dir()
     if name == "digits":
-        train, test, classes = read_digits()
-    elif (root / name / "train").is_dir() and not (root / TORCHVISION.get(name, (0, "-"))[1]).exists():
-        train, test, classes = read_folders(root / name, args.workers)
-        test = tuple(a[balanced(test[1], None)] for a in test)    # sorted by class till now
+        found = read_digits()
+    elif folders:                                                # which a failed download must not hide
+        stored = name in TORCHVISION and (root / TORCHVISION[name][1]).exists()
+        found = stored and read_torchvision(name, root, download=False)
+        found = found or read_folders(root / name, args.workers)
+    elif name in TORCHVISION:
+        found = read_torchvision(name, root, download=True)
     else:
-        train, test, classes = read_torchvision(name, root)
+        raise UsageFault(f"argument --dataset: there is no folder {root / name / 'train'} of class folders")
+    train, test, classes = found
     default = min(1000, len(test[1])) if args.device == "cpu" else 0
     wanted = (("--train-images", getattr(args, "train_images", 0)),
               ("--eval-images", default if args.eval_images is None else args.eval_images))
@@ -236,8 +325,7 @@ def load_data(args):
             chosen = balanced(labels, count)
             images, labels = images[chosen], labels[chosen]
         pairs.append(tuple(torch.from_numpy(a).to(args.device) for a in (images, labels.astype(np.int64))))
-    recipe = RECIPES.get(name, CIFAR)
-    return Data(*pairs, classes, recipe["crop"], recipe["flip"])
+    return Data(*pairs, classes, **AUGMENTATION.get(name, dict(crop=4, flip=True)))
 
 
 def read_digits():
@@ -247,16 +335,17 @@ def read_digits():
     return (images[:-360], labels[:-360]), (images[-360:], labels[-360:]), [str(d) for d in range(10)]
 
 
-def read_torchvision(name, root):
-    """A known set as torchvision lays it out, downloaded by torchvision if it is absent."""
-    if name not in TORCHVISION:
-        raise UsageFault(f"argument --dataset: there is no folder {root / name / 'train'} of class folders")
+def read_torchvision(name, root, download):
+    """A known set as torchvision lays it out, fetched by torchvision where it is absent; without `download`
+    None if it is absent or incomplete."""
     try:                            # RuntimeError, not ImportError, when torch and torchvision do not match
         import torchvision.datasets
         reader = getattr(torchvision.datasets, TORCHVISION[name][0])
         options = [dict(split=s) if name == "svhn" else dict(train=s == "train") for s in ("train", "test")]
-        splits = [reader(str(root), download=True, **option) for option in options]
-    except (ImportError, RuntimeError, OSError) as fault:
+        splits = [reader(str(root), download=download, **option) for option in options]
+    except Exception as fault:                                   # of torchvision's readers, which unpickle
+        if not download:
+            return None
         raise Fault(f"{name} is neither in {root / TORCHVISION[name][1]} nor in {root / name}/train/<class>, "
                     f"and torchvision could not fetch or read it ({first_line(fault)}); put "
                     "the files there, or use --dataset digits, which needs none") from None
@@ -270,54 +359,54 @@ def read_torchvision(name, root):
 
 
 def read_folders(root, workers):
-    """Class folders ROOT/{train,test}/<class>/*, any type Pillow reads; decoded once, cached in one npz."""
-    from PIL import Image
-    classes = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
-    files, stamp = {"train": [], "test": []}, hashlib.sha1()
-    for split, listed in files.items():
-        folder = root / split
-        found = sorted(e.name for e in os.scandir(folder) if e.is_dir()) if folder.is_dir() else []
-        if found != classes or len(classes) < 2:
-            raise Fault(f"{folder} has class folders {found}; wanted: those of {root / 'train'}, two or more")
-        for label, name in enumerate(classes):
-            images = sorted((e.path, e.stat()) for e in os.scandir(folder / name) if e.is_file())
-            if not images:
-                raise Fault(f"{folder / name} holds no images")
-            listed += [(path, label) for path, _ in images]
-            stamp.update("".join(f"{path} {s.st_size} {s.st_mtime_ns}\n" for path, s in images).encode())
-    cache = root.with_name(f"{root.name}-cache.npz")
-    unreadable = OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile
-    with contextlib.suppress(*unreadable), np.load(cache) as stored:
-        if str(stored["stamp"]) == stamp.hexdigest():
-            return *((stored[f"{split}_x"], stored[f"{split}_y"]) for split in files), classes
+    """Class folders ROOT/{train,test}/<class>/*, images of one size and any type that Pillow reads; grey ones
+    stay so if all are. Only dot files and Thumbs.db are passed over: what else is no image is a Fault."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise Fault(f"the class folders in {root} need Pillow: pip install pillow") from None
+
+    def entries(folder):
+        return sorted(e for e in os.listdir(folder) if not e.startswith(".") and e != "Thumbs.db")
 
     def read(path):
         try:
             with Image.open(path) as image:
-                image.load()
-                return image
-        except (OSError, SyntaxError, ValueError) as fault:      # SyntaxError: Pillow's word for a broken PNG
-            raise Fault(f"{path} cannot be read as an image ({fault})") from None
-
-    def decode(path):
-        image = read(path)
-        if image.size != size or image.mode[0] in "IF" or mode == "L" and image.mode not in ("L", "1"):
-            raise Fault(f"{path} is {image.size} {image.mode}, the first image {size} {mode}: all must match")
-        return np.asarray(image.convert(mode)).reshape(*size[::-1], -1).transpose(2, 0, 1)
-    first = read(files["train"][0][0])
-    size, mode = first.size, "L" if first.mode in ("L", "1") else "RGB"
-    arrays = {"stamp": np.array(stamp.hexdigest())}
-    with ThreadPoolExecutor(workers) as pool:
-        for split, listed in files.items():
-            images = np.empty((len(listed), 1 if mode == "L" else 3, *size[::-1]), np.uint8)
-            for i, pixels in enumerate(pool.map(decode, [path for path, _ in listed])):
-                images[i] = pixels
-            arrays |= {f"{split}_x": images, f"{split}_y": np.array([label for _, label in listed])}
-    with contextlib.suppress(OSError):                           # a read-only folder: decoded every time
-        temporary = cache.with_name(f"{cache.stem}-{os.getpid()}.tmp.npz")
-        np.savez(temporary, **arrays)
-        os.replace(temporary, cache)
-    return *((arrays[f"{split}_x"], arrays[f"{split}_y"]) for split in files), classes
+                if image.mode[0] in "IF":
+                    raise ValueError(f"its mode is {image.mode}, not 8 bits a channel")
+                return np.asarray(image.convert("L" if image.mode in ("L", "1") else "RGB"))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as fault:
+            raise Fault(f"{path} cannot be read as an image ({first_line(fault)})") from None
+    splits, names = [], []
+    for split in (root / "train", root / "test"):
+        names.append([e for e in entries(split) if (split / e).is_dir()] if split.is_dir() else [])
+        odd = sorted(set(names[0]) ^ set(names[-1]))
+        if odd or len(names[0]) < 2:
+            some = ", ".join(odd[:5]) + (f" and {len(odd) - 5} more" if len(odd) > 5 else "")
+            raise Fault(f"{split} has {len(names[-1])} class folders; wanted: two or more, the same ones in "
+                        f"train and test{f' (in one of them only: {some})' if odd else ''}")
+        paths = [[split / name / e for e in entries(split / name)] for name in names[0]]
+        if [] in paths:
+            raise Fault(f"{split / names[0][paths.index([])]} holds no images")
+        labels = np.repeat(range(len(paths)), list(map(len, paths)))
+        paths = sum(paths, [])
+        with ThreadPoolExecutor(workers) as pool:
+            images = list(pool.map(read, paths))
+        first = splits[0][0][0] if splits else images[0]
+        for path, image in zip(paths, images):
+            if image.shape[:2] != first.shape[:2]:
+                raise Fault(f"{path} has {image.shape[1]}x{image.shape[0]} pixels, the first image "
+                            f"{first.shape[1]}x{first.shape[0]}: all must have one size")
+        splits.append((images, labels))
+    colour = any(image.ndim == 3 for images, _ in splits for image in images)
+    pairs = []
+    for images, labels in splits:                                # (H, W) or (H, W, 3) -> (N, C, H, W)
+        images = np.stack([np.broadcast_to(i[..., None], (*i.shape, 3)) if colour and i.ndim == 2 else i
+                           for i in images])
+        images = np.ascontiguousarray(images.transpose(0, 3, 1, 2)) if colour else images[:, None]
+        pairs.append((images, labels))
+    order = balanced(pairs[1][1])                                # sorted by class till now
+    return pairs[0], tuple(a[order] for a in pairs[1]), names[0]
 
 
 # ---------------------------------------------------------------- networks
@@ -459,41 +548,33 @@ def network_of(args, data):
 
 
 def channel_groups(model):
-    """Which channels stand or fall together: [(writers, norms, readers)], names of layers. The channels of a
-    group are the sum of its writers' outputs, {layer: batch norm on it alone, or None}; norms are the batch
-    norms on the sum, readers the layers that take it in, a linear one perhaps as many features a channel."""
-    def group(writer, norm=None):
-        groups.append(({writer: norm}, [], []))
-        return groups[-1]
-
-    groups = []
-    if not isinstance(model, (ResNet18, WRN28_4)):               # a chain
-        for name, m in model.named_modules():
-            if isinstance(m, (nn.Conv2d, nn.Linear)):
-                if groups:
-                    groups[-1][2].append(name)
-                group(name)
-            elif isinstance(m, nn.BatchNorm2d):
-                groups[-1][0].update(dict.fromkeys(groups[-1][0], name))
-        return groups[:-1]
-
-    resnet = isinstance(model, ResNet18)
-    stream = group("conv1", "bn1" if resnet else None)
-    for name, block in model.named_modules():
-        if isinstance(block, (BasicBlock, WideBlock)):
-            stream[2].append(f"{name}.conv1")
-            group(f"{name}.conv1", f"{name}.bn1" if resnet else f"{name}.bn2")[2].append(f"{name}.conv2")
-            if not resnet:
-                stream[1].append(f"{name}.bn1")
-            if block.conv1.in_channels != block.conv1.out_channels:
-                shortcut = f"{name}.shortcut.0" if resnet else f"{name}.shortcut"
-                stream[2].append(shortcut)
-                stream = group(shortcut, f"{name}.shortcut.1" if resnet else None)
-            stream[0][f"{name}.conv2"] = f"{name}.bn2" if resnet else None
-    stream[2].append("linear" if resnet else "fc")
-    if not resnet:
-        stream[1].append("bn1")
-    return groups
+    """Which channels stand or fall together, from the network's graph: [(writers, norms, readers)], names of
+    layers. The channels of a group are the sum of its writers' outputs, {layer: batch norm on it alone, or None};
+    norms are the batch norms on the sum, readers the layers that take it in, a linear one perhaps as many
+    features a channel. What the classifier writes is no group."""
+    groups, group_of, modules = {}, {}, dict(model.named_modules())                  # group_of: {node: key}
+    for node in torch.fx.Tracer().trace(model).nodes:
+        layer = modules.get(node.target) if node.op == "call_module" else None
+        read = sorted({group_of[source] for source in node.all_input_nodes if source in group_of})
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            for key in read:
+                groups[key][2].append(node.target)
+            group_of[node] = len(group_of)
+            groups[group_of[node]] = {node.target: None}, [], []
+        elif read:
+            source, (writers, norms, readers) = node.all_input_nodes[0], groups[read[0]]
+            if isinstance(layer, nn.BatchNorm2d) and source.target in writers and len(source.users) == 1:
+                writers[source.target] = node.target
+            elif isinstance(layer, nn.BatchNorm2d):
+                norms.append(node.target)
+            group_of[node] = read[0]
+            for key in read[1:]:                                     # a sum: the groups become one
+                more = groups.pop(key)
+                writers |= more[0]
+                norms += more[1]
+                readers += more[2]
+                group_of |= {n: read[0] for n in group_of if group_of[n] == key}
+    return [group for group in groups.values() if group[2]]
 
 
 def without_channels(state, groups, alive):
@@ -512,8 +593,8 @@ def without_channels(state, groups, alive):
     return left
 
 
-def resized(model, state):
-    """The model with that state, its layers made smaller or larger in place where the state's weights are."""
+def resize_(model, state):
+    """Loads that state into the model, whose layers become smaller where the state's weights are."""
     for name, m in list(model.named_modules()):
         s, *c = getattr(state.get(f"{name}.weight"), "shape", (0,))
         if not s or m.weight.shape == (s, *c):
@@ -522,12 +603,12 @@ def resized(model, state):
             new = nn.Conv2d(c[0], s, m.kernel_size, m.stride, m.padding, m.dilation, bias=m.bias is not None)
         else:
             new = nn.Linear(c[0], s, m.bias is not None) if c else nn.BatchNorm2d(s)
-        model.set_submodule(name, new.to(m.weight))
+        model.set_submodule(name, new.to(m.weight).train(m.training))
     model.load_state_dict(state)
     return model
 
 
-def largest(values, ratio):
+def topk_mask(values, ratio):
     """Boolean (n,), True for exactly ceil(n / ratio) of values (n,): the largest, the first among equals."""
     kept = math.ceil(len(values) / Fraction(ratio).limit_denominator(10**6))
     least = values.kthvalue(len(values) + 1 - kept).values
@@ -549,21 +630,21 @@ def parameter_masks(model, masks, filters):
 
 
 @torch.no_grad()
-def apply_masks(model, masks):
-    """Sets what is pruned to zero, in place; masks are those of parameter_masks."""
+def apply_masks_(model, masks):
+    """Sets what is pruned to zero; masks are those of parameter_masks."""
     parameters = dict(model.named_parameters())
     for name, mask in masks.items():
         parameters[name].masked_fill_(~mask, 0)
 
 
-def remove_filters(model, masks):
-    """A smaller network that gives the same, without the channels that no layer writes and what reads them;
-    and its masks, of what is still zero: a filter that is dead where another writes to the same channel."""
+def remove_filters_(model, masks):
+    """Takes the channels that no layer writes, and what reads them, out of the network; its output stays. Returns
+    it and its masks, of what is still zero: a filter that is dead where another writes to the same channel."""
     groups = channel_groups(model)
     alive = [torch.stack([masks[f"{name}.weight"].flatten(1).any(1) for name in writers]).any(0)
              for writers, _, _ in groups]
     left = without_channels(masks, groups, alive)
-    return resized(model, without_channels(model.state_dict(), groups, alive)), left
+    return resize_(model, without_channels(model.state_dict(), groups, alive)), left
 
 
 def prepare(model, args):
@@ -586,6 +667,11 @@ def one_cycle(optimizer, lr, steps):
     """The rate of sgd() for any optimizer; 0.2 of 5 would be one step, by which OneCycleLR would divide."""
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, max(1, steps) + 1, cycle_momentum=False,
                                                pct_start=0.3 if steps == 4 else 0.2)
+
+
+def ramp(epoch, epochs):
+    """The attack's strength in an epoch, counted from 0, if it grows to 1 over the first `epochs`."""
+    return min(1.0, (epoch + 1) / max(1, epochs))
 
 
 # ---------------------------------------------------------------- the attack
@@ -615,6 +701,16 @@ def frozen(model):
             buffer.copy_(before)
 
 
+def check_pixels(x):
+    """Fault unless all pixels are in [0, 1], which NaN is not. A GPU is not waited for: there a wrong pixel
+    ends the process."""
+    fits, message = ((x >= 0) & (x <= 1)).all(), "a pixel is not in [0, 1], which networks and attacks want"
+    if x.device.type == "cuda":
+        torch._assert_async(fits, message)
+    elif not fits:
+        raise Fault(message)
+
+
 def pgd(model, x, y, epsilon, step_size, num_steps, *, loss="ce", random_start=True, start=None, eot=1,
         generator=None, broken_at=None):
     """Projected gradient ascent, l_inf (Madry et al. 2018): x <- clip(x + step_size * sign(grad loss)).
@@ -625,14 +721,17 @@ def pgd(model, x, y, epsilon, step_size, num_steps, *, loss="ce", random_start=T
     gradients are averaged over that many passes, for random networks. Weights, .grad, modes and running
     statistics stay as they are; whether batch norm uses the latter is the caller's choice of model.eval().
     broken_at (N,) int, for evaluation: an image leaves the batch at its first misclassified iterate t, which
-    is written there. Raises Fault on a gradient that is not finite."""
+    is written there. Raises Fault on pixels outside [0, 1] and on a gradient that is not finite; a training
+    step on a GPU does not wait for that: x_adv is then NaN, and so will be the loss."""
+    check_pixels(x)
     objective = LOSSES.get(loss, loss)
     lower, upper = (x - epsilon).clamp_(min=0), (x + epsilon).clamp_(max=1)
     if start is None:
         noise = torch.rand(x.shape, generator=generator, device=x.device) if random_start else 0.5
         start = x + epsilon * (2 * noise - 1)
     x_adv = torch.clamp(start, lower, upper)
-    done, live, finite = x_adv.clone(), torch.arange(len(x), device=x.device), True
+    done, live = x_adv.clone(), torch.arange(len(x), device=x.device)
+    finite = torch.ones((), dtype=torch.bool, device=x.device)
     with frozen(model), torch.enable_grad():
         for t in range(num_steps):
             x_adv = x_adv.detach().requires_grad_()
@@ -644,14 +743,17 @@ def pgd(model, x, y, epsilon, step_size, num_steps, *, loss="ce", random_start=T
             x_next = torch.clamp(x_adv.detach() + step_size * gradient.sign(), lower, upper)
             if broken_at is not None:
                 right = logits.argmax(1) == y
-                done[live[~right]], broken_at[live[~right]] = x_adv.detach()[~right], t
-                x_next, lower, upper, y, live = (v[right] for v in (x_next, lower, upper, y, live))
+                gone, left = (~right).nonzero()[:, 0], right.nonzero()[:, 0]
+                done[live[gone]], broken_at[live[gone]] = x_adv.detach()[gone], t
+                x_next, lower, upper, y, live = (v[left] for v in (x_next, lower, upper, y, live))
             x_adv = x_next
             if not len(live):
                 break
+    done[live] = x_adv.detach()
+    if x.device.type == "cuda" and broken_at is None:
+        return torch.where(finite, done, math.nan)
     if not finite:
         raise Fault("the attack's gradient is not finite: training diverged (try a lower --lr, or --amp off)")
-    done[live] = x_adv.detach()
     return done
 
 
@@ -669,29 +771,31 @@ def per_cent(correct):
 
 
 @contextlib.contextmanager
-def judging(*models, seed=0):
+def evaluating(*models, seed=0):
     """Eval mode, no gradients, float32 without TF32, random numbers of their own; all put back afterwards."""
     modes = [(m, m.training) for model in models for m in model.modules()]
     device = next(models[0].parameters()).device
-    for model in models:
-        model.eval()
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []), \
-            torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        torch.manual_seed(seed)
-        yield torch.Generator(device).manual_seed(seed)
-    for module, mode in modes:
-        module.training = mode
+    try:
+        for model in models:
+            model.eval()
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []), \
+                torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            torch.manual_seed(seed)
+            yield torch.Generator(device).manual_seed(seed)
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def logits_of(model, x):
-    """The logits of one batch; Fault if one is not finite, for the argmax of NaN looks like a class."""
+    """The logits of one batch; Fault if one is not finite, because the argmax of NaN looks like a class."""
     logits = model(x)
     if not logits.isfinite().all():
         raise Fault("the network's logits are not finite: no accuracy can be reported")
     return logits
 
 
-def share_right(model, x, y, draws):
+def fraction_correct(model, x, y, draws):
     """(N,) float: in how many of so many passes each image is classified correctly, from 0 to 1."""
     return torch.stack([logits_of(model, x).argmax(1) == y for _ in range(draws)]).double().mean(0)
 
@@ -702,14 +806,36 @@ def is_random(model, x):
     return bool((a - b).abs().max() > 1e-4 * a.abs().max())
 
 
-def first_break(model, images, generator, *, epsilon, step_size, num_steps, restarts=1, loss="ce",
-                random_start=True):
+def checked(model, images):
+    """(images, labels as int64); Fault unless they are uint8 (N, C, H, W) and whole numbers (N,) from 0 to below
+    the network's number of classes."""
+    x, y = images
+    whole_numbers = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
+    if x.dtype != torch.uint8 or x.dim() != 4 or y.dtype not in whole_numbers or not 0 < len(x) == len(y):
+        raise Fault(f"images are to be uint8 (N, C, H, W) and labels whole numbers (N,), not {x.dtype} "
+                    f"{tuple(x.shape)} and {y.dtype} {tuple(y.shape)}")
+    classes = logits_of(model, to_float(x[:1])).shape[1]
+    if not 0 <= y.min() <= y.max() < classes:
+        raise Fault(f"labels are from {y.min()} to {y.max()}, and the network has {classes} classes")
+    return x, y.long()
+
+
+def batched(images, labels, *more, label="evaluation"):
+    """Yields (x float, y, ...) in batches; what comes after y are views that may be written to."""
+    size = 1000 if images.device.type == "cuda" else 250
+    batches = list(zip(images.split(size), labels.split(size), *(m.split(size) for m in more)))
+    for x, *rest in progress(batches, label, len(batches)):
+        yield to_float(x), *rest
+
+
+def first_broken_iterate(model, images, generator, *, epsilon, step_size, num_steps, restarts=1, loss="ce",
+                         random_start=True):
     """(N,) int, the first misclassified iterate over all restarts: -1 is the clean image, num_steps the last
     iterate, num_steps + 1 none. A restart begins with all images that are right when clean, so what happens
     at iterate t of restart r depends on nothing later: more steps or restarts can only break more images."""
     out = torch.full_like(images[1], num_steps + 1)
     for r in range(restarts):
-        for x, y, first in progress(batched(*images, out), f"attack {r + 1}/{restarts}", len(out) // 250 + 1):
+        for x, y, first in batched(*images, out, label=f"attack {r + 1}/{restarts}"):
             noise = 2 * torch.rand(x.shape, generator=generator, device=x.device) - 1   # drawn for all images
             right = logits_of(model, x).argmax(1) == y
             first[~right] = -1
@@ -722,136 +848,97 @@ def first_break(model, images, generator, *, epsilon, step_size, num_steps, rest
     return out
 
 
-def batched(images, labels, *more):
-    """Yields (x float, y, ...) in batches; what comes after y are views that may be written to."""
-    size = 1000 if images.is_cuda else 250
-    for x, *rest in zip(images.split(size), labels.split(size), *(m.split(size) for m in more)):
-        yield to_float(x), *rest
+def noisy_verdicts(model, images, generator, *, restarts, **attack):
+    """Of a random network (clean, robust), both (N,) float: in how many of 10 passes each image is classified
+    correctly, clean, and at the least of that and the last iterates of all restarts."""
+    clean = torch.cat([fraction_correct(model, x, y, 10) for x, y in batched(*images, label="clean images")])
+    hope, robust = clean > 0, clean.clone()                          # the others are not attacked
+    for r in range(restarts):
+        attacked = ((pgd(model, x, y, generator=generator, **attack), y)
+                    for x, y in batched(*(t[hope] for t in images), label=f"attack {r + 1}/{restarts}"))
+        found = [fraction_correct(model, x_adv, y, 10) for x_adv, y in attacked if len(y)]
+        robust[hope] = torch.minimum(robust[hope], torch.cat([clean[:0], *found]))
+    return clean, robust
 
 
 def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=1, loss="ce", random_start=True,
-             eot=10, seed=0, more=None):
+             eot=10, seed=0, extra_metrics=None):
     """Clean and robust accuracy in per cent over images = (uint8 (N, C, H, W), labels (N,)), in float32.
 
     Robust is an image whose clean form and whose every iterate of every restart are classified correctly. A
     random network instead gets gradients averaged over `eot` passes, and as verdict on an image in how many
     of 10 passes it is right: the least of the clean form and of the last iterate of every restart. Returns a
-    dict: accuracies, 95 % intervals, images, attack, and what more(model, robust) adds, robust (N,) being the
-    verdict on each image."""
+    dict: accuracies, 95 % intervals, images, attack, and what extra_metrics(model, robust) adds, robust (N,)
+    being the verdict on each image. Raises Fault on other images, labels or logits than it can judge."""
     attack = dict(epsilon=epsilon, step_size=step_size, num_steps=num_steps, restarts=restarts, loss=loss,
                   random_start=random_start)
-    with judging(model, seed=seed) as generator:
-        if not is_random(model, to_float(images[0][:64])):
-            first = first_break(model, images, generator, **attack)
-            clean, robust = first >= 0, first > num_steps
+    with evaluating(model):
+        images = checked(model, images)
+    with evaluating(model, seed=seed) as generator:
+        if is_random(model, to_float(images[0][:64])):
+            attack |= dict(eot=eot)
+            clean, robust = noisy_verdicts(model, images, generator, **attack)
+            attack |= dict(draws=10)
         else:
-            attack |= dict(eot=eot, draws=10)
-            clean = torch.cat([share_right(model, x, y, 10) for x, y in batched(*images)])
-            hope, robust = clean > 0, clean.clone()                  # the others are not attacked
-            for _ in range(restarts):
-                attacked = ((pgd(model, x, y, epsilon, step_size, num_steps, loss=loss, eot=eot,
-                                 random_start=random_start, generator=generator), y)
-                            for x, y in batched(*(t[hope] for t in images)))
-                found = [share_right(model, x_adv, y, 10) for x_adv, y in attacked if len(y)]
-                robust[hope] = torch.minimum(robust[hope], torch.cat([clean[:0], *found]))
-    said = more(model, robust) if more else {}
+            first = first_broken_iterate(model, images, generator, **attack)
+            clean, robust = first >= 0, first > num_steps
+    extra = extra_metrics(model, robust) if extra_metrics else {}
     n, clean, robust = len(clean), per_cent(clean), per_cent(robust)
-    return dict(clean_acc=clean, clean_ci=interval(clean, n), robust_acc=robust, **said,
+    return dict(clean_acc=clean, clean_ci=interval(clean, n), robust_acc=robust, **extra,
                 robust_ci=interval(robust, n), images=n, attack=dict(norm="l_inf", **attack, seed=seed))
 
 
 def sanity_flags(model, images, *, epsilon, step_size, num_steps, eot=10, seed=0):
     """Signs that a robust accuracy cannot be trusted (after Carlini et al. 2019, Athalye et al. 2018), as
-    sentences. Judged on the first 250 images, 100 of them if the network is random, which is attacked and
-    judged as in evaluate(); an honest network raises none but that."""
-    with judging(model, seed=seed):
+    sentences, of the first 250 images, 100 of them if the network is random, which is attacked as in
+    evaluate(); an honest network raises none but that."""
+    with evaluating(model, seed=seed):
         random = is_random(model, to_float(images[0][:64]))
-    images = [t[:100 if random else 250] for t in images]
-    x, y, flags, slack = to_float(images[0]), images[1], [], max(2, 300 / len(images[1]))  # 2 % or 3 images
-    with judging(model, seed=seed) as generator:
-        def robust(steps, epsilon, step_size, count=None, **more):
-            attack = dict(epsilon=epsilon, step_size=step_size, **more)
-            if random:
-                judged = {n: evaluate(model, images, num_steps=n, eot=eot, seed=seed, **attack)["robust_acc"]
-                          for n in {count or steps, steps}}
-                return judged[count or steps], judged[steps]
-            first = first_break(model, images, generator, num_steps=steps, **attack)
-            return per_cent(first > (count or steps)), per_cent(first > steps)
+        images = checked(model, [t[:100 if random else 250] for t in images])
+    x, y, slack = to_float(images[0]), images[1], max(2, 300 / len(images[1]))           # 2 % or 3 images
+
+    def robust(epsilon, step_size, *steps, **more):
+        """Robust accuracy after each of these numbers of steps, ascending."""
+        attack = dict(epsilon=epsilon, step_size=step_size, **more)
+        if random:
+            return [evaluate(model, images, num_steps=n, eot=eot, seed=seed, **attack)["robust_acc"] for n in steps]
+        first = first_broken_iterate(model, images, generator, num_steps=steps[-1], **attack)
+        return [per_cent(first > n) for n in steps]
+
+    with evaluating(model, seed=seed) as generator:
         logits = logits_of(model, x)
         alone = torch.cat([logits_of(model, image[None]) for image in x[:32]])
-        if random:
-            flags.append("random output, expected of a network with noise: two passes over one image differ")
-        elif (alone - logits[:32]).abs().max() > 1e-4 * logits.abs().max():
-            flags.append("batch-dependent output: an image's logits change with its neighbours")
-        if logits.min() >= 0 and (logits.sum(1) - 1).abs().max() < 1e-4:
-            flags.append("probabilities instead of logits")
         with frozen(model), torch.enable_grad():
             leaf = x.clone().requires_grad_()
             gradient, = torch.autograd.grad(F.cross_entropy(model(leaf), y, reduction="sum"), leaf)
         zero = per_cent(gradient.flatten(1).abs().amax(1) == 0)
-        if zero > 10:
-            flags.append(f"zero gradients on {zero:.0f} % of the images")
-        once, twice = robust(2 * num_steps, epsilon, step_size, num_steps)
-        if once - twice > slack:
-            flags.append(f"not converged: twice the steps lower {once:.1f} % to {twice:.1f} %")
-        fgsm, _ = robust(1, epsilon, epsilon, random_start=False)
-        if once - fgsm > slack:
-            flags.append(f"FGSM ({fgsm:.1f} %) is stronger than PGD ({once:.1f} %)")
+        found, twice = robust(epsilon, step_size, num_steps, 2 * num_steps)
+        fgsm, = robust(epsilon, epsilon, 1, random_start=False)
         bits = (torch.randint(0, 2, x.shape, generator=generator, device=x.device) for _ in range(20))
         noisy = ((x + epsilon * (b * 2 - 1)).clamp(0, 1) for b in bits)
         if random:                                               # its own mistakes would add up over the 20
-            noise = min(per_cent(share_right(model, n, y, 10)) for n in noisy)
+            noise = min(per_cent(fraction_correct(model, n, y, 10)) for n in noisy)
         else:
             noise = per_cent(torch.stack([logits_of(model, n).argmax(1) == y for n in noisy]).all(0))
-        if once - noise > slack:
-            flags.append(f"random noise ({noise:.1f} %) is stronger than PGD ({once:.1f} %)")
-        wild, _ = robust(num_steps, 1.0, 0.1)
-        if wild > 100 / logits.shape[1] + 5:
-            flags.append(f"epsilon 1 leaves {wild:.1f} %, more than chance")
-    return flags
-
-
-def transfer(model, source, images, *, epsilon, step_size, num_steps, eot=10, seed=0):
-    """Accuracy in per cent under PGD examples made on another network, `source`; of random networks as in
-    evaluate()."""
-    with judging(source, model, seed=seed) as generator:
-        x = to_float(images[0][:64])
-        eot, draws = (n if is_random(m, x) else 1 for m, n in ((source, eot), (model, 10)))
-        pairs = ((pgd(source, x, y, epsilon, step_size, num_steps, eot=eot, generator=generator), y)
-                 for x, y in batched(*images))
-        return per_cent(torch.cat([share_right(model, x_adv, y, draws) for x_adv, y in pairs]))
-
-
-def autoattack(model, images, *, epsilon, seed=0):
-    """Accuracy in per cent under AutoAttack (Croce and Hein 2020; optional pyautoattack), and its version.
-    It targets 9 classes an image, or all others; Fault below the four classes that it needs."""
-    from pyautoattack import AutoAttack
-    with judging(model, seed=seed):
-        x, y = to_float(images[0]).contiguous(), images[1]       # its gradients may not be channels last
-        model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-        version = "rand" if is_random(model, x[:64]) else "standard"
-        judge = AutoAttack(model, eps=epsilon, norm="Linf", version=version, seed=seed, device=x.device)
-        classes = logits_of(model, x[:1]).shape[1]
-        if classes < 4:
-            raise Fault(f"AutoAttack needs four classes or more, and this network has {classes}")
-        judge.apgd_targeted.n_target_classes = judge.fab.n_target_classes = min(9, classes - 1)
-        with torch.enable_grad():
-            x_adv = judge.run_standard_evaluation(x, y, batch_size=250)[0]
-        return per_cent(torch.cat([logits_of(model, x).argmax(1) for x in x_adv.split(250)]) == y), version
+        wild, = robust(1.0, 0.1, num_steps)
+    return [sentence for raised, sentence in (
+        (random, "random output, expected of a network with noise: two passes over one image differ"),
+        (not random and (alone - logits[:32]).abs().max() > 1e-4 * logits.abs().max(),
+         "batch-dependent output: an image's logits change with its neighbours"),
+        (logits.min() >= 0 and (logits.sum(1) - 1).abs().max() < 1e-4, "probabilities instead of logits"),
+        (zero > 10, f"zero gradients on {zero:.0f} % of the images"),
+        (found - twice > slack, f"not converged: twice the steps lower {found:.1f} % to {twice:.1f} %"),
+        (found - fgsm > slack, f"FGSM ({fgsm:.1f} %) is stronger than PGD ({found:.1f} %)"),
+        (found - noise > slack, f"random noise ({noise:.1f} %) is stronger than PGD ({found:.1f} %)"),
+        (wild > 100 / logits.shape[1] + 5, f"epsilon 1 leaves {wild:.1f} %, more than chance")) if raised]
 
 
 def count_macs(model, network):
     """Multiply-accumulates of all convolutions and linear layers for one image."""
-    def add(module, _, out):
-        each = module.in_features if isinstance(module, nn.Linear) else module.weight[0].numel()
-        counts.append(out.numel() * each)
-    counts, layers = [], [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    hooks = [layer.register_forward_hook(add) for layer in layers]
-    with judging(model):
-        model(torch.zeros(1, network["channels"], *network["size"], device=next(model.parameters()).device))
-    for hook in hooks:
-        hook.remove()
-    return sum(counts)
+    image = torch.zeros(1, network["channels"], *network["size"], device=next(model.parameters()).device)
+    with evaluating(model), FlopCounterMode(display=False) as counter:
+        model(image)
+    return counter.get_total_flops() // 2
 
 
 def seconds_of(function, device):
@@ -886,12 +973,15 @@ def peak_memory():
 
 # ---------------------------------------------------------------- files
 
+FORMAT = 2                                                       # of all files; 1 had other bit maps
+
+
 def save_file(path, content):
     """Writes a dict of plain values and tensors: afterwards the file is whole, or what it was before."""
     path, temporary = Path(path), Path(f"{path}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            torch.save(dict(format=FORMAT, **content), file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -902,85 +992,71 @@ def save_file(path, content):
         temporary.unlink(missing_ok=True)
 
 
-def read_file(path, *keys):
-    """What save_file wrote; Fault unless the file is whole, free of code, and holds `keys`."""
+def read_file(path, **kinds):
+    """What save_file wrote; Fault unless the file is whole, free of code, and holds these keys of these
+    types."""
     try:                                                         # torch.load checks no checksum; zipfile does
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         content = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
-        if content["format"] == 1 and all(key in content for key in keys):
+        if content["format"] == FORMAT and all(isinstance(content[k], kind) for k, kind in kinds.items()):
             return content
-        raise KeyError
+        raise ValueError("of another format" if content["format"] != FORMAT else "of other content")
     except FileNotFoundError:
         raise Fault(f"there is no file {path}") from None
     except Exception as fault:
-        raise Fault(f"{path} is damaged or not a file of these scripts ({type(fault).__name__})") from None
+        reason = fault if type(fault) is ValueError else type(fault).__name__
+        raise Fault(f"{path} is damaged or not a file of these scripts ({first_line(reason)})") from None
 
 
-def kept_values(t):
-    """(form, boolean like t): the values of a tensor to store, for the form that takes the fewest bits: all;
-    those of the columns (..., c, h, w) that are not zero in every row; or those that are not zero."""
-    matrix = t.flatten(1) if t.dim() > 1 else t[None]
-    forms = {"all": torch.ones_like(matrix, dtype=torch.bool), "nonzero": matrix != 0}
-    forms["columns"] = forms["nonzero"].any(0).expand_as(matrix)
-    maps = {"all": 0, "nonzero": t.numel(), "columns": matrix.shape[1]}
-    form = min(maps, key=lambda form: 32 * int(forms[form].sum()) + maps[form])
-    return form, forms[form].view(t.shape)
-
-
-def save_model(path, script, network, model, args, state=None, **more):
+def save_model(path, script, kind, network, model, args, state=None, **more):
     """Writes a network as a file that load_model reads on any machine; script.build(artifact) makes it again,
-    from `state` where the model's own is not what is to be stored.
+    from `state` where the model's own is not what is to be stored. kind is dense, compact or ticket.
 
-    All values stand in one tensor (a record of its own for each would be a sixth of a small file), and zeros
-    are left out where a bit map of what is kept, packed eight to a byte, costs less."""
+    All values that are not zero stand in one tensor (a record of its own for each would be a sixth of a small
+    file); a bit map, compressed by zlib, tells where."""
     state = {name: t.detach().cpu() for name, t in (state or model.state_dict()).items()}
-    floats, forms, bits, values = {n: t for n, t in state.items() if t.is_floating_point()}, {}, [], []
-    for name, t in floats.items():
-        forms[name], kept = kept_values(t)
-        values.append(t[kept])
-        if forms[name] != "all":
-            bits.append(kept.flatten(1)[0] if forms[name] == "columns" else kept.flatten())
-    judged = ("dataset", "epsilon", "step_size", "eval_steps", "restarts", "eot")
-    judged = {k: getattr(args, k) for k in judged if k in args}
+    floats = {name: t for name, t in state.items() if t.is_floating_point()}
+    values = torch.cat([t.flatten() for t in floats.values()])
+    bits = zlib.compress(np.packbits((values != 0).numpy()).tobytes(), 9)
+    settings = ("dataset", "epsilon", "step_size", "eval_steps", "restarts", "eot")
     save_file(path, dict(
-        format=1, script=script, network=network, judged=judged, **more, values=torch.cat(values),
-        bits=torch.from_numpy(np.packbits(torch.cat(bits).numpy()) if bits else np.empty(0, np.uint8)),
-        forms={name: form for name, form in forms.items() if form != "all"},
+        script=script, kind=kind, network=network, **more, values=values[values != 0],
+        bits=torch.frombuffer(bytearray(bits), dtype=torch.uint8),
         shapes={name: list(t.shape) for name, t in floats.items()},
-        counters={name: t.item() for name, t in state.items() if name not in floats}))
+        counters={name: t.item() for name, t in state.items() if name not in floats},
+        attack_settings={k: getattr(args, k) for k in settings if k in args}))
 
 
-def unpacked(artifact):
-    """The state dict that save_model packed; ValueError or RuntimeError where the parts do not fit."""
-    values, forms, state = artifact["values"], artifact.get("forms", {}), {}
-    bits = torch.from_numpy(np.unpackbits(artifact["bits"].numpy())).bool() if forms else None
-    for name, shape in artifact["shapes"].items():
-        form, size = forms.get(name, "all"), math.prod(shape)
-        kept = torch.ones(size, dtype=torch.bool)
-        if form != "all":
-            count = math.prod(shape[1:]) if form == "columns" else size
-            part, bits = bits[:count], bits[count:]
-            kept = part.repeat(size // count)
-        taken, values = values.split([int(kept.sum()), len(values) - int(kept.sum())])
-        state[name] = torch.zeros(size, dtype=values.dtype).masked_scatter_(kept, taken).view(shape)
-    if len(values) or forms and len(bits) > 7:
-        raise ValueError(f"{len(values)} values too many, or bits")
-    return state | {name: torch.tensor(count) for name, count in artifact["counters"].items()}
+def read_artifact(path):
+    """What save_model wrote, with the weights as artifact["state"]."""
+    artifact = read_file(path, script=str, kind=str, network=dict, values=torch.Tensor, bits=torch.Tensor,
+                         shapes=dict, counters=dict, attack_settings=dict)
+    values = artifact["values"]
+    try:
+        if not values.isfinite().all():
+            raise ValueError("weights are not finite")
+        sizes = [math.prod(shape) for shape in artifact["shapes"].values()]
+        packed = zlib.decompressobj().decompress(artifact["bits"].numpy().tobytes(), sum(sizes) // 8 + 1)
+        kept = torch.from_numpy(np.unpackbits(np.frombuffer(packed, np.uint8), count=sum(sizes)).astype(bool))
+        if int(kept.sum()) != len(values):
+            raise ValueError(f"{len(values)} values for {int(kept.sum())} places")
+        tensors = torch.zeros(len(kept), dtype=values.dtype).masked_scatter_(kept, values).split(sizes)
+        state = {name: t.view(artifact["shapes"][name]) for name, t in zip(artifact["shapes"], tensors)}
+        state |= {name: torch.tensor(count) for name, count in artifact["counters"].items()}
+        return artifact | dict(state=state)
+    except (TypeError, ValueError, AttributeError, RuntimeError, zlib.error) as fault:
+        raise Fault(f"{path} does not fit the network it names ({first_line(fault)})") from None
 
 
 def read_model(path):
-    """What save_model wrote, with the weights as artifact["state"], and the network: an nn.Module in eval
-    mode."""
-    artifact = read_file(path, "script", "network", "judged", "values", "shapes", "counters")
-    script, folder = str(artifact["script"]), Path(__file__).resolve().parent
+    """The artifact of a file that save_model wrote, and its network: an nn.Module in eval mode."""
+    artifact, folder = read_artifact(path), Path(__file__).resolve().parent
+    script, network = artifact["script"], artifact["network"]
     if not script.isidentifier() or not (folder / f"{script}.py").is_file():
         raise Fault(f"{path} was made by a script named {script}, which is not beside common.py")
     sys.path.insert(0, str(folder))                       # common.py may be imported from elsewhere
     try:
-        if not artifact["values"].isfinite().all():
-            raise ValueError("weights are not finite")
-        artifact["state"], network = unpacked(artifact), artifact["network"]
         model = importlib.import_module(script).build(artifact).eval()
         with torch.no_grad():
             if model(torch.zeros(1, network["channels"], *network["size"])).shape != (1, network["classes"]):
@@ -997,48 +1073,31 @@ def load_model(path):
     return read_model(path)[1]
 
 
-def build(artifact):
-    """The network of a dense.pt."""
-    model = build_network(**artifact["network"])
-    model.load_state_dict(artifact["state"])
-    return model
-
-
-def load_pretrained(model, path, network, maker="common"):
-    """Loads a dense.pt into `model`; UsageFault unless it holds that architecture, dense. maker is the script
-    that builds it."""
+def load_pretrained(model, path, network):
+    """Loads a dense.pt of any script into `model`; UsageFault unless it holds just that network, dense."""
     if not Path(path).is_file():
         raise UsageFault(f"argument --pretrained: there is no file {path}")
-    artifact = read_model(path)[0]
-    script, held = artifact["script"], artifact["network"]
+    artifact = read_artifact(path)
     shapes = [{k: t.shape for k, t in state.items()} for state in (artifact["state"], model.state_dict())]
-    if script != maker or held != network or shapes[0] != shapes[1]:
-        raise UsageFault(f"argument --pretrained: {path} holds {held} of {script}.py, not a dense {network}")
+    if artifact["kind"] != "dense" or artifact["network"] != network or shapes[0] != shapes[1]:
+        raise UsageFault(f"argument --pretrained: {path} holds a {artifact['kind']} {artifact['network']}, not a "
+                         f"dense {network}")
     model.load_state_dict(artifact["state"])
 
 
 # ---------------------------------------------------------------- the run
 
-def progress(items, label, total):
-    """Iterates over items; on a terminal, and only there, with a line of progress and the time to go."""
-    begin, terminal = time.time(), sys.stderr.isatty()
-    for i, item in enumerate(items):
-        if terminal:
-            rest = f" {(time.time() - begin) / i * (total - i):.0f} s to go" if i else ""
-            print(f"\r{label}: {i + 1}/{total}{rest}\033[K", end="", file=sys.stderr, flush=True)
-        yield item
-    if terminal:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
 class Run:
-    """One run's output folder: its log, its checkpoint and its result. Besides once(), epochs() is all that a
-    script needs to be resumable: it yields the epochs still to do and saves after each. last.pt holds phase,
-    epoch, the state of the objects named there, random states, and what once() computed."""
-    active = False
+    """One run's output folder: its log, its checkpoint and its result. phases: {name: epochs}, in order.
 
-    def __init__(self, args, data, script, argv):
-        self.args, self.data, self.script = args, data, Path(script).stem
+    Besides compute_once(), epochs() is all that a script needs to be resumable: it yields the epochs still to do
+    and saves after each. last.pt holds phase, epoch, the state of the objects named there, random states, and
+    what compute_once() found."""
+    active = None                                                # the run that this process is in
+    where = ""                                                   # for messages: "pretrain 3/15: "
+
+    def __init__(self, args, data, script, phases, argv=None):
+        self.args, self.data, self.script, self.phases = args, data, Path(script).stem, phases
         size = f"r{args.ratio:g}" if "ratio" in args else f"b{args.bits}"
         args.output = args.output or (f"runs/{self.script}-{args.dataset}-{args.arch}w{args.width}"
                                       f"-{size}-s{args.seed}")
@@ -1046,42 +1105,19 @@ class Run:
         if not self.script.isidentifier() or not Path(__file__).with_name(f"{self.script}.py").is_file():
             raise UsageFault(f"{script} must lie beside common.py, with only letters, digits and _ in its "
                              "name: model.pt is read back through it")
+        argv = sys.argv[1:] if argv is None else argv
         self.command = shlex.join(["python", f"{self.script}.py", *(a for a in argv if a != "--resume")])
         elsewhere = ("output", "resume", "data_dir", "workers", "device")     # may differ when continued
         self.flags = {k: v for k, v in vars(args).items() if k not in elsewhere}
-        self.result, self.saved, self.memo, self.seconds, self.phase = None, None, {}, {}, None
-        finished, last = self.folder / "result.json", self.folder / "last.pt"
-        if finished.is_file():
-            try:
-                self.result = json.loads(finished.read_text())
-                flags, script = self.result["args"], self.result["script"]
-            except (ValueError, KeyError, TypeError):
-                raise Fault(f"{finished} is damaged; without it --resume judges the network again") from None
-            self.check(flags, script, "finished; --resume prints its result")
+        self.result, self.saved, self.computed, self.seconds, self.phase = None, None, {}, {}, None
+        if (self.folder / "result.json").is_file():
+            self.result = self.read_result()
             print(json.dumps(self.result, indent=1))
             return
-        if last.is_file():
-            self.saved = read_file(last, "script", "args", "phase", "epoch", "states", "memo", "seconds",
-                                   "random", "log_size")
-            evaluation = "eval_images", "eval_steps", "restarts", "eot", "certify_images", "certify_draws"
-            judged = {k: self.flags[k] for k in evaluation if k in self.flags}            # so may these
-            changed = {k: v for k, v in judged.items() if self.saved["args"].get(k) != v}
-            before = self.saved["args"] | judged
-            self.check(before, self.saved["script"], "not finished; --resume continues it")
-            if (self.saved["random"]["cuda"] is None) != (args.device == "cpu"):
-                raise UsageFault(f"argument --device: {self.folder} was not begun on {args.device}")
-            self.memo, self.seconds = self.saved["memo"], self.saved["seconds"]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.folder / "log.jsonl", "a")
-        with contextlib.suppress(ImportError):                   # no fcntl, no lock, on Windows
-            import fcntl
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UsageFault(f"argument --output: another process is running in {self.folder}") from None
-        self.file.truncate(self.saved["log_size"] if self.saved else 0)
+        changed = self.read_checkpoint()
+        self.open_log()
         self.generator = torch.Generator(args.device).manual_seed(args.seed)
-        Run.active = True
+        Run.active = self
         if self.saved:
             print(f"continuing {self.folder} after epoch {self.saved['epoch']} of {self.saved['phase']}")
             if changed:
@@ -1091,7 +1127,7 @@ class Run:
                 print(f"nothing to continue in {self.folder}, so this begins")
             self.log(script=self.script, **vars(args))
 
-    def check(self, flags, script, state):
+    def check_same(self, flags, script, state):
         """UsageFault unless the folder holds this very run and --resume was given."""
         then, now = flags | {"script": script}, self.flags | {"script": self.script}
         changed = ", ".join(k for k in now if then.get(k) != now[k])
@@ -1099,6 +1135,53 @@ class Run:
             raise UsageFault(f"argument --output: {self.folder} holds a different run ({changed} differ)")
         if not self.args.resume:
             raise UsageFault(f"argument --output: {self.folder} holds this run, {state}")
+
+    def read_result(self):
+        """The result of this run, which is finished."""
+        path = self.folder / "result.json"
+        try:
+            result = json.loads(path.read_text())
+            flags, script = dict(result["args"]), result["script"]
+        except (ValueError, KeyError, TypeError):
+            raise Fault(f"{path} is damaged; without it --resume evaluates the network again") from None
+        self.check_same(flags, script, "finished; --resume prints its result")
+        return result
+
+    def read_checkpoint(self):
+        """Reads last.pt, where there is one, and returns the flags of the evaluation that are new."""
+        path = self.folder / "last.pt"
+        if not path.is_file():
+            log = self.folder / "log.jsonl"
+            kept = [name for name in ("dense.pt", "model.pt", "ticket.pt") if (self.folder / name).exists()]
+            if kept or log.is_file() and log.read_bytes().count(b"\n") > 1:
+                raise UsageFault(f"argument --output: {self.folder} holds {(kept or [log.name])[0]} of a run, but "
+                                 "no last.pt to continue from")
+            return {}
+        saved = read_file(path, script=str, args=dict, phase=str, epoch=int, states=dict, computed=dict,
+                          seconds=dict, random=dict, log_size=int)
+        evaluation = ("eval_images", "eval_steps", "restarts", "eot")            # these flags may change
+        new = {k: self.flags[k] for k in evaluation if k in self.flags}
+        self.check_same(saved["args"] | new, saved["script"], "not finished; --resume continues it")
+        if not 0 <= saved["epoch"] <= self.phases.get(saved["phase"], -1):
+            raise Fault(f"{path} does not fit this run: epoch {saved['epoch']} of {saved['phase']}")
+        if (saved["random"].get("cuda") is None) != (self.args.device == "cpu"):
+            raise UsageFault(f"argument --device: {self.folder} was not begun on {self.args.device}")
+        self.saved, self.computed, self.seconds = saved, saved["computed"], saved["seconds"]
+        return {k: v for k, v in new.items() if saved["args"].get(k) != v}
+
+    def open_log(self):
+        """Opens log.jsonl where the checkpoint ends, locked against other processes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.folder / "log.jsonl", "a")
+        with contextlib.suppress(ImportError):                   # no fcntl, no lock, on Windows
+            import fcntl
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UsageFault(f"argument --output: another process is running in {self.folder}") from None
+        for stale in self.folder.glob("*.tmp"):                  # of a process that was killed while it wrote
+            stale.unlink()
+        self.file.truncate(self.saved["log_size"] if self.saved else 0)
 
     def log(self, **fields):
         """One line of key:value on stdout, and the same as JSON in log.jsonl."""
@@ -1109,76 +1192,78 @@ class Run:
         self.file.write(json.dumps(fields) + "\n")
         self.file.flush()
 
-    def once(self, name, compute):
+    def compute_once(self, name, compute):
         """The value of compute(), plain data: computed once in a run's life and kept in its checkpoints."""
-        if name not in self.memo:
-            self.memo[name] = compute()
-        return self.memo[name]
+        if name not in self.computed:
+            self.computed[name] = compute()
+        return self.computed[name]
 
-    def begun(self, phase):
+    def resumes_in(self, phase):
         """Whether this continues a run stopped in `phase`, whose preparation is thus in the checkpoint."""
         return self.saved is not None and self.saved["phase"] == phase
 
-    def epochs(self, phase, count, **stateful):
-        """Yields a phase's epochs 0 .. count-1 that are still to do; saves after each what is `stateful`."""
-        first = 0
-        if self.saved and not self.begun(phase):                 # the run was stopped in a later phase
+    def epochs(self, phase, **stateful):
+        """Yields a phase's epochs, from 0, that are still to do; saves after each what is `stateful`."""
+        first, count = 0, self.phases[phase]
+        if self.saved and not self.resumes_in(phase):            # the run was stopped in a later phase
             return
         self.phase = phase
         if self.saved:
             try:
                 for name, thing in stateful.items():
                     thing.load_state_dict(self.saved["states"][name])
-            except (KeyError, ValueError, RuntimeError) as fault:
+                self.generator.set_state(self.saved["random"]["batches"])
+                torch.set_rng_state(self.saved["random"]["cpu"])
+            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as fault:
                 raise Fault(f"{self.folder}/last.pt does not fit this run ({first_line(fault)})") from None
-            self.generator.set_state(self.saved["random"]["batches"])
-            torch.set_rng_state(self.saved["random"]["cpu"])
             if self.args.device != "cpu":
                 torch.cuda.set_rng_state(self.saved["random"]["cuda"], self.args.device)
             first, self.saved = self.saved["epoch"], None
         else:
             self.save(0, stateful)
         for epoch in range(first, count):
-            self.begin, self.label = time.time(), f"{phase} {epoch + 1}/{count}"
+            self.begin, self.epoch, self.where = time.time(), epoch, f"{phase} {epoch + 1}/{count}: "
             yield epoch
             self.seconds[phase] = self.seconds.get(phase, 0) + time.time() - self.begin
             self.save(epoch + 1, stateful)
-        self.phase = None
+        self.phase, self.where = None, ""
 
     def save(self, epoch, stateful):
         cuda = torch.cuda.get_rng_state(self.args.device) if self.args.device != "cpu" else None
         save_file(self.folder / "last.pt", dict(
-            format=1, script=self.script, args=self.flags, phase=self.phase, epoch=epoch, memo=self.memo,
+            script=self.script, args=self.flags, phase=self.phase, epoch=epoch, computed=self.computed,
             states={name: thing.state_dict() for name, thing in stateful.items()}, seconds=self.seconds,
             random=dict(batches=self.generator.get_state(), cpu=torch.get_rng_state(), cuda=cuda),
             log_size=self.file.tell()))
 
     def batches(self):
-        """The training batches of one epoch."""
-        size = self.args.batch_size
-        return progress(self.data.batches(size, self.generator), self.label, self.data.steps(size))
+        """The training batches of one epoch; the time to go that a terminal shows is that of all training."""
+        size, names = self.args.batch_size, list(self.phases)
+        later = sum(self.phases[name] for name in names[names.index(self.phase):]) - self.epoch - 1
+        steps = self.data.steps(size)
+        return progress(self.data.batches(size, self.generator), self.where[:-2], steps, later * steps)
 
-    def finish(self, judge=None, **more):
-        """Reads dense.pt and model.pt back from disk, judges both (judge is evaluate's `more`), writes and
-        returns result.json."""
+    def finish(self, extra_metrics=None, **more):
+        """Reads dense.pt and model.pt back from disk, evaluates both, writes and returns result.json;
+        extra_metrics is evaluate's."""
         self.phase, self.begin, args, device = "final", time.time(), self.args, self.args.device
         attack = dict(epsilon=args.epsilon, step_size=args.step_size, num_steps=args.eval_steps,
                       seed=args.seed, eot=getattr(args, "eot", None) or 10)
         files = [self.folder / "dense.pt", self.folder / "model.pt"]
         (artifact, dense), (_, compact) = map(read_model, files)
         models = [m.to(device, memory_format=torch.channels_last) for m in (dense, compact)]
-        judged = [evaluate(m, self.data.test, restarts=args.restarts, more=judge, **attack) for m in models]
+        found = [evaluate(m, self.data.test, restarts=args.restarts, extra_metrics=extra_metrics, **attack)
+                 for m in models]
         network, flags = artifact["network"], sanity_flags(compact, self.data.test, **attack)
         size, macs = [file.stat().st_size for file in files], [count_macs(m, network) for m in models]
         count = [sum(p.numel() for p in m.parameters()) for m in models]
         seconds = self.seconds | {"final": time.time() - self.begin}
-        self.seconds = {k: round(v, 1) for k, v in seconds.items()}
         self.result = dict(
             script=self.script, command=self.command, args=self.flags,
             versions=dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__),
             device="cpu" if device == "cpu" else torch.cuda.get_device_name(device),
-            threads=torch.get_num_threads(), seconds=self.seconds, train_images=len(self.data.train[1]),
-            **judged[1], flags=flags, dense=judged[0],
+            threads=torch.get_num_threads(), seconds={k: round(v, 1) for k, v in seconds.items()},
+            train_images=len(self.data.train[1]), **found[1], flags=flags, dense=found[0],
             params_ratio=round(count[0] / count[1], 3), parameters=count[1], dense_parameters=count[0],
             nonzeros=sum(int(p.count_nonzero()) for p in compact.parameters()),
             bytes_ratio=round(size[0] / size[1], 3), bytes=size[1], dense_bytes=size[0],
@@ -1190,393 +1275,10 @@ class Run:
         shown = ("clean_acc", "robust_acc", "verified_acc", "images", "params_ratio", "bytes_ratio", "bytes",
                  "dense_bytes", "macs_ratio")
         self.log(**{k: self.result[k] for k in shown if k in self.result},
-                 dense_clean_acc=judged[0]["clean_acc"], dense_robust_acc=judged[0]["robust_acc"],
+                 dense_clean_acc=found[0]["clean_acc"], dense_robust_acc=found[0]["robust_acc"],
                  flags="; ".join(flags) or "none")
         temporary = self.folder / "result.json.tmp"
         temporary.write_text(json.dumps(self.result, indent=1) + "\n")
         os.replace(temporary, self.folder / "result.json")
-        Run.active = False
+        Run.active = None
         return self.result
-
-
-# ---------------------------------------------------------------- python common.py evaluate | compare | bench
-
-def main(argv=None):
-    parser = Parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("evaluate", description="Judges a saved network.")
-    p.add_argument("model", help="a model.pt or dense.pt")
-    p.add_argument("--dataset", help="default: the one it was made for, and so for the attack")
-    p.add_argument("--data-dir", default="data")
-    p.add_argument("--workers", type=whole(1, 256), default=8, help="threads that decode class folders")
-    p.add_argument("--eval-images", type=whole(0), help="balanced subset; 0 is all (default: 1000 on a CPU)")
-    p.add_argument("--epsilon", type=radius)
-    p.add_argument("--step-size", type=radius)
-    p.add_argument("--eval-steps", type=whole(1, 10000))
-    p.add_argument("--restarts", type=whole(1, 1000))
-    p.add_argument("--eot", type=whole(1, 1000), help="passes a gradient, of a random network (default: 10)")
-    p.add_argument("--loss", choices=LOSSES, default="ce", help="margin is Carlini and Wagner's in l_inf")
-    p.add_argument("--source", help="another saved network, whose PGD examples are tried too")
-    p.add_argument("--autoattack", action="store_true", help="needs the package pyautoattack")
-    p.add_argument("--seed", type=whole(0), default=0)
-    p.add_argument("--device", default="auto")
-    p = commands.add_parser("compare", description="Prints one Markdown table over finished runs.")
-    p.add_argument("folders", nargs="+", help="with a result.json; those differing by seed alone share a row")
-    p.add_argument("--plot", help="file for a picture of robust accuracy against bytes; needs matplotlib")
-    p = commands.add_parser("bench", description="Times training steps, in turn, on random images.")
-    p.add_argument("--arch", choices=NETWORKS, default="resnet18")
-    p.add_argument("--width", type=whole(1, 64), default=16)
-    p.add_argument("--batch-size", type=whole(2, 65536), default=128)
-    p.add_argument("--num-steps", type=whole(0, 10000), default=10, help="PGD steps")
-    p.add_argument("--rounds", type=whole(1, 1000), default=5, help="of which medians are taken")
-    p.add_argument("--amp", choices=("auto", "on", "off"), default="auto")
-    p.add_argument("--compile", action="store_true", help="time the compiled step too")
-    p.add_argument("--device", default="auto")
-    args = parser.parse_args(argv)
-    return dict(evaluate=evaluate_command, compare=compare_command, bench=bench_command)[args.command](args)
-
-
-def evaluate_command(args):
-    """Judges args.model and prints what result.json would say of it."""
-    artifact, model = read_model(args.model)
-    for key, value in artifact["judged"].items():
-        setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
-    args.device = check_device(args.device)
-    if args.autoattack and not importlib.util.find_spec("pyautoattack"):
-        raise UsageFault("argument --autoattack: the package pyautoattack is not installed")
-    data, network = load_data(args), artifact["network"]
-    here = dict(channels=data.test[0].shape[1], classes=len(data.classes), size=list(data.test[0].shape[2:]))
-    if here != {k: network[k] for k in here}:
-        raise UsageFault(f"argument --dataset: {args.dataset} has {here}, the network was made for {network}")
-    if args.source:
-        other, source = read_model(args.source)
-        if here != {k: other["network"][k] for k in here}:
-            raise UsageFault(f"argument --source: {args.source} is for {other['network']}, not {here}")
-        source.to(args.device, memory_format=torch.channels_last)
-    model.to(args.device, memory_format=torch.channels_last)
-    attack = dict(epsilon=args.epsilon, step_size=args.step_size, num_steps=args.eval_steps, seed=args.seed,
-                  eot=args.eot or 10)
-    result = dict(model=args.model, script=artifact["script"], dataset=args.dataset,
-                  bytes=os.path.getsize(args.model),
-                  **evaluate(model, data.test, restarts=args.restarts, loss=args.loss, **attack),
-                  flags=sanity_flags(model, data.test, **attack))
-    if args.source:
-        result["transfer_acc"] = transfer(model, source, data.test, **attack)
-        if result["robust_acc"] - result["transfer_acc"] > max(2, 300 / result["images"]):
-            result["flags"].append("transfer is stronger than PGD")
-    if args.autoattack:
-        accuracy, version = autoattack(model, data.test, epsilon=args.epsilon, seed=args.seed)
-        result |= dict(autoattack_acc=accuracy, autoattack_ci=interval(accuracy, result["images"]),
-                       autoattack_version=version)
-    print(json.dumps(result, indent=1))
-    return result
-
-
-def read_run(folder):
-    """A finished run: its result.json and, where kept beside it, what `evaluate --autoattack` printed."""
-    run = json.loads((Path(folder) / "result.json").read_text()) | {"folder": folder}
-    run["nonzeros_ratio"] = run["dense_parameters"] / run["nonzeros"]
-    kept = Path(folder) / "evaluate-autoattack.json"
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            judged = json.loads(kept.read_text())
-            if any(judged[k] != run[k] for k in ("script", "bytes")) or judged["dataset"] != run["args"][
-                    "dataset"] or judged["attack"]["epsilon"] != run["attack"]["epsilon"]:
-                raise ValueError("it is of another file, data set or radius")
-            low, high = judged["autoattack_ci"]
-            run["autoattack"] = (f"{judged['autoattack_acc']:.1f}, {low} to {high}; PGD "
-                                 f"{judged['robust_acc']:.1f}; {judged['images']:,} images")
-        except (ValueError, KeyError, TypeError) as fault:
-            print(f"left out: {kept} ({first_line(fault)})", file=sys.stderr)
-    return run
-
-
-def same_but_seed(folders):
-    """{settings as JSON: runs} of the finished runs in `folders`; one that differs in its seed alone stands
-    with the others. Faults where a seed is there twice, or nothing is."""
-    def show(value):                                              # 16 and 16.0 are one ratio
-        return f"{value:g}" if isinstance(value, float) else str(value)
-
-    rows = {}
-    for folder in folders:
-        try:
-            run = read_run(folder)
-            run["latency_ms"]["batch_1"], run["latency_ms"]["batch_128"]             # older files lack one
-            same = {k: show(v) for k, v in run["args"].items()
-                    if k not in ("seed", "pretrained", "ticket")}
-            rows.setdefault(json.dumps(same | {"script": run["script"]}, sort_keys=True), []).append(run)
-        except (OSError, ArithmeticError, ValueError, LookupError, TypeError, AttributeError) as fault:
-            print(f"left out: {folder} holds no readable result.json ({fault})", file=sys.stderr)
-    if not rows:
-        raise Fault("none of these folders holds a finished run")
-    for runs in rows.values():
-        if len({run["args"]["seed"] for run in runs}) < len(runs):
-            raise Fault(f"one run twice, or two of one seed: {' '.join(run['folder'] for run in runs)}")
-    return rows
-
-
-def compare_command(args):
-    """Prints a row for each set of runs that differ in the seed alone: means, and the range of several."""
-    if args.plot and not args.plot.endswith((".png", ".pdf", ".svg")):
-        raise UsageFault(f"argument --plot: {args.plot} does not end in .png, .pdf or .svg")
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        raise UsageFault("argument --plot: matplotlib is not installed")
-    rows = same_but_seed(args.folders)
-    sets = [json.loads(row) for row in rows]
-    told = {k for k in {k for same in sets for k in same} if len({s[k] for s in sets if k in s}) > 1}
-    told = sorted((told | {"dataset", "arch", "width", "ratio", "bits"}) - {"script"})
-
-    def mean(runs, *path, digits=1):
-        values = [functools.reduce(lambda value, key: value[key], path, run) for run in runs]
-        middle, low, high = (f"{f(values):,.{digits}f}" for f in (statistics.mean, min, max))
-        return middle if low == high else f"{middle} ({low} to {high})"
-
-    def both(runs, batch):
-        return ", ".join(mean(runs, "latency_ms", batch, which) for which in ("compact", "dense"))
-
-    heads = ["run", "dense clean, robust %", "clean %", "robust %", "95 % interval", "bytes", "bytes x",
-             "nonzeros x", "MACs x", "batch 1 ms, dense", "batch 128 ms, dense", "flags", "folder",
-             "command (of the first)"]
-    more = {"verified_acc": "verified %", "autoattack": "AutoAttack %, interval; PGD there",
-            "fgsm_acc": "FGSM %", "ifgsm_acc": "I-FGSM %", "margin_acc": "margin loss %",
-            "sparsity": "zeros %", "channel_sparsity": "dead channels %"}
-    sparse = "verified_acc", "autoattack"                              # a column that some rows leave empty
-    more = {k: head for k, head in more.items() if (any if k in sparse else all)(
-        k in run for runs in rows.values() for run in runs)}
-    heads[5:5] = more.values()
-    heads[1] = "dense clean, robust, verified %" if "verified_acc" in more else heads[1]
-    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
-    for same, runs in zip(sets, rows.values()):
-        cells = [" ".join([same["script"], *(f"{k}={same[k]}" for k in told if k in same)]),
-                 ", ".join(mean(runs, "dense", k) for k in ("clean_acc", "robust_acc", "verified_acc")
-                           if all(k in run["dense"] for run in runs)),
-                 mean(runs, "clean_acc"), mean(runs, "robust_acc"),
-                 "{} to {}".format(*runs[0]["robust_ci"]) if len(runs) == 1 else f"{len(runs)} seeds",
-                 mean(runs, "bytes", digits=0), mean(runs, "bytes_ratio"), mean(runs, "nonzeros_ratio"),
-                 mean(runs, "macs_ratio"), both(runs, "batch_1"), both(runs, "batch_128"),
-                 "; ".join(sorted({flag for run in runs for flag in run["flags"]})) or "none",
-                 " ".join(run["folder"] for run in runs), f"`{runs[0]['command']}`"]
-        attacked = [(f"seed {run['args']['seed']}: " if len(runs) > 1 else "") + run["autoattack"]
-                    for run in runs if "autoattack" in run]
-        cells[5:5] = ["; ".join(attacked) if k == "autoattack" else
-                      mean(runs, k) if all(k in run for run in runs) else "" for k in more]
-        print("| " + " | ".join(cells) + " |")
-    if args.plot:
-        draw([run for runs in rows.values() for run in runs], args.plot)
-    return list(rows.values())
-
-
-def draw(runs, path):
-    """A picture of robust accuracy and its interval against bytes; needs matplotlib."""
-    from matplotlib.figure import Figure
-    axes = Figure(figsize=(8, 5)).subplots()
-    for script in sorted({run["script"] for run in runs}):
-        mine = [run for run in runs if run["script"] == script]
-        x, y = [run["bytes"] for run in mine], [run["robust_acc"] for run in mine]
-        bars = [[abs(run["robust_ci"][i] - run["robust_acc"]) for run in mine] for i in (0, 1)]
-        axes.errorbar(x, y, bars, fmt="o", capsize=2, elinewidth=0.5, label=script)
-        for run in mine:
-            axes.annotate(Path(run["folder"]).name, (run["bytes"], run["robust_acc"]), fontsize=7,
-                          xytext=(3, 3), textcoords="offset points")
-    dense = sorted({(run["dense_bytes"], run["dense"]["robust_acc"]) for run in runs})
-    axes.plot(*zip(*dense), "kx", label="dense, before compression")
-    axes.set(xscale="log", xlabel="bytes of the file", ylabel="robust accuracy, % (95 % interval)")
-    axes.legend()
-    axes.figure.savefig(path, dpi=120, bbox_inches="tight")
-
-
-def naive_step(model, optimizer, x, y, epsilon, step_size, num_steps):
-    """Adversarial training as it is often written: float32, train mode throughout, and gradients of all
-    weights in every step of the attack."""
-    model.train()
-    x_adv = (x + epsilon * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
-    for _ in range(num_steps):
-        x_adv.requires_grad_()
-        F.cross_entropy(model(x_adv), y).backward()
-        x_adv = x_adv.detach() + step_size * x_adv.grad.sign()
-        x_adv = x_adv.clamp(x - epsilon, x + epsilon).clamp(0, 1)
-    optimizer.zero_grad()
-    F.cross_entropy(model(x_adv), y).backward()
-    optimizer.step()
-
-
-def bench_steps(args, device):
-    """The functions to be timed, {name: one training step}; {paper: (name of the step without it, its update
-    or None)}; whether they use bfloat16."""
-    import admm_prune
-    import binary_relax
-    import cstar
-    import hydra_prune
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (args.batch_size, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    pair = images.to(device), torch.randint(0, 10, (args.batch_size,), generator=generator).to(device)
-    data, batch = Data(pair, pair, list("0123456789")), (to_float(pair[0]), pair[1])
-    flags = [f"--{k.replace('_', '-')}={getattr(args, k)}" for k in
-             ("arch", "width", "batch_size", "num_steps", "amp")] + [f"--device={device}"]
-
-    def step_of(script, with_method=lambda model: {}, *more):
-        """One step of a script's training, on a network of its own."""
-        settings = script.get_args([*flags, *more])
-        torch.manual_seed(0)
-        model = prepare(build_network(args.arch, args.width, 3, 10, (32, 32)), settings)
-        extra = with_method(model)
-        optimizer, schedule = sgd(extra.pop("trained", model), 1e-4, 10**6, data, settings)
-        return lambda: script.train_epoch(model, [batch], optimizer, schedule, settings, **extra)
-
-    def factors(model):
-        layers = cstar.factorisable(model)
-        weights = {name: m.weight.detach().cpu() for name, m in layers.items()}
-        ranks = cstar.choose_ranks(weights, cstar.parameter_budget(model, 8), "hull")
-        admm = cstar.ADMM(layers, ranks, 0.1)
-        papers["cstar"] = "default", admm.update
-        return dict(penalty=admm.penalty)
-
-    def filters(model):
-        def choose(weights):
-            return admm_prune.choose_masks(weights, "filter", 4)
-        admm = admm_prune.ADMM(admm_prune.prunable(model), choose, 0.1)
-        papers["admm_prune"] = "default", admm.update
-        return dict(penalty=admm.penalty)
-
-    def scores(model):
-        found = hydra_prune.Scores(model, "irregular", 10).to(device)
-        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-        return dict(scores=found, trained=nn.ModuleList([found, *norms]))
-
-    def quantised(model):
-        return dict(weights=list(binary_relax.quantisable(model).values()), lam=2.0)
-
-    papers = {"hydra_prune": ("hydra_prune without", None), "binary_relax": ("binary_relax without", None)}
-    torch.manual_seed(0)
-    plain, settings = build_network(args.arch, args.width, 3, 10, (32, 32)).to(device), cstar.get_args(flags)
-    optimizer = torch.optim.SGD(plain.parameters(), 1e-4, 0.9)
-    inputs = batch[0].contiguous(), batch[1], settings.epsilon, settings.step_size, settings.num_steps
-    steps = {"naive": lambda: naive_step(plain, optimizer, *inputs), "default": step_of(cstar)}
-    if args.compile:
-        steps["compiled"] = step_of(cstar, lambda model: {}, "--compile")
-    with contextlib.suppress(UsageFault):                            # too narrow for that ratio
-        steps["cstar"] = step_of(cstar, factors)
-    return steps | {"admm_prune": step_of(admm_prune, filters), "hydra_prune without": step_of(hydra_prune),
-                    "hydra_prune": step_of(hydra_prune, scores),
-                    "binary_relax without": step_of(binary_relax),
-                    "binary_relax": step_of(binary_relax, quantised)}, papers, settings.amp
-
-
-def saved_for_backward(model, x):
-    """Bytes that a forward pass over x keeps for the backward pass, parameters not counted (but autocast's
-    copies of them are)."""
-    kept = {}
-
-    def keep(t):
-        kept[t.untyped_storage().data_ptr()] = t
-        return t
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        model(x)
-    for p in model.parameters():
-        kept.pop(p.untyped_storage().data_ptr(), None)
-    return sum(t.untyped_storage().nbytes() for t in kept.values())
-
-
-def limits(args, step, bfloat16, device):
-    """What the hardware allows: GFLOP/s of products of matrices (n, n), GFLOP of a training step, as it must
-    be and in naive form, how much faster the former is at those rates, bytes that a forward pass saves for
-    the backward one, and where `step` spends its time."""
-    n, rates, precision = 2048 if device == "cpu" else 16384, {}, torch.get_float32_matmul_precision()
-    tf32 = device != "cpu" and torch.backends.cudnn.allow_tf32       # as in the naive step's convolutions
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    for kind in ("float32", "bfloat16"):
-        a, b = torch.rand(2, n, n, device=device).to(getattr(torch, kind))
-        rates[kind] = round(2e-9 * n**3 / min(seconds_of(lambda: a @ b, device) for _ in range(5)))
-    torch.set_float32_matmul_precision(precision)
-    model = build_network(args.arch, args.width, 3, 10, (32, 32)).to(device)
-    forward = 2e-9 * args.batch_size * count_macs(model, dict(channels=3, size=(32, 32)))
-    work = dict(naive=3 * forward * (args.num_steps + 1), default=forward * (2 * args.num_steps + 3))
-    x = torch.rand(args.batch_size, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
-    with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bfloat16):
-        kept = saved_for_backward(model.train(), x)
-    with torch.profiler.profile() as profile:
-        step()
-    kind, clock = ("CPU", "self_cpu_time_total") if device == "cpu" else ("CUDA", "self_device_time_total")
-    found = sorted(((getattr(e, clock), e.key) for e in profile.key_averages()
-                    if e.device_type.name == kind and not e.is_user_annotation), reverse=True)
-    total = sum(spent for spent, _ in found)
-    rate = rates["bfloat16" if bfloat16 else "float32"]
-    bound = work["naive"] / rates["float32"] / (work["default"] / rate)
-    return dict(matrix_gflop_per_second=rates, gflop_a_step={k: float(f"{v:.4g}") for k, v in work.items()},
-                times_naive_at_these_rates=round(bound, 2), saved_for_backward_bytes=kept,
-                profile_per_cent={key: round(100 * spent / total, 1) for spent, key in found[:8]})
-
-
-def bench_inference(args, device):
-    """Milliseconds a forward pass, without training (random weights), of the dense network, of CSTAR's at
-    ratio 16 by both rank rules, and of one with a quarter of the filters, near ratio 16, where the width
-    allows these; batch norm as it is, and folded."""
-    import cstar
-    from torch.fx.experimental.optimization import fuse
-    torch.manual_seed(0)
-    network = dict(channels=3, size=(32, 32))
-    dense = build_network(args.arch, args.width, 3, 10, (32, 32)).eval()
-    models, weights = dict(dense=dense), {n: m.weight.detach() for n, m in cstar.factorisable(dense).items()}
-    with contextlib.suppress(UsageFault):
-        budget = cstar.parameter_budget(dense, 16)
-        for rule in ("hull", "uniform"):
-            ranks = cstar.choose_ranks(weights, budget, rule)
-            models[f"cstar {rule}"] = cstar.factorise(copy.deepcopy(dense), ranks).eval()
-    if args.width % 4 == 0:
-        models["filters"] = build_network(args.arch, args.width // 4, 3, 10, (32, 32)).eval()
-    sizes = {name: sum(p.numel() for p in m.parameters()) for name, m in models.items()}
-    macs = {name: count_macs(m, network) for name, m in models.items()}
-    models |= {f"{name}, folded": fuse(m) for name, m in models.items()}
-    for model in models.values():
-        model.to(device, memory_format=torch.channels_last)
-    return dict(params_ratio={name: round(sizes["dense"] / n, 1) for name, n in sizes.items()},
-                macs_ratio={name: round(macs["dense"] / n, 1) for name, n in macs.items()},
-                **{f"batch_{batch}_ms": dict(zip(models, latency(models.values(), network, batch, device)))
-                   for batch in (1, 128)})
-
-
-def bench_command(args):
-    """Times one training step in its naive form, as the scripts have it and, with --compile, compiled; and
-    with what each paper adds. All take turns; printed are medians over the rounds, of times and of ratios,
-    beside what the hardware allows; and what compact networks gain in inference."""
-    device = check_device(args.device)
-    steps, papers, bfloat16 = bench_steps(args, device)
-    times, memory = {name: [] for name in steps}, {}
-    for turn in range(args.rounds + 1):                              # the first warms up, and compiles
-        for name, step in progress(list(steps.items()), f"round {turn}/{args.rounds}", len(steps)):
-            if device != "cpu":
-                torch.cuda.reset_peak_memory_stats(device)
-                before = torch.cuda.memory_allocated(device)
-            times[name].append(seconds_of(step, device))
-            memory[name] = None if device == "cpu" else torch.cuda.max_memory_allocated(device) - before
-    times = {name: t[1:] for name, t in times.items()}
-
-    def ratio(a, b):
-        return statistics.median(x / y for x, y in zip(times[a], times[b]))
-
-    result = dict(arch=args.arch, width=args.width, batch_size=args.batch_size, num_steps=args.num_steps,
-                  device="cpu" if device == "cpu" else torch.cuda.get_device_name(device),
-                  threads=torch.get_num_threads(), torch=torch.__version__, rounds=args.rounds,
-                  bfloat16_but_in_naive=bfloat16, steps={}, added_per_cent={},
-                  tf32_in_naive=device != "cpu" and torch.backends.cudnn.allow_tf32)
-    for name, t in times.items():
-        middle = statistics.median(t)
-        result["steps"][name] = dict(
-            seconds=round(middle, 4), images_per_second=round(args.batch_size / middle, 1),
-            times_naive=round(ratio("naive", name), 2), gpu_bytes_above_resident=memory[name])
-    per_epoch = 50000 / args.batch_size
-    for name, (without, update) in papers.items():
-        result["added_per_cent"][name] = added = {"a step": round(100 * (ratio(name, without) - 1), 1)}
-        if update:
-            took = statistics.median(seconds_of(update, device) for _ in range(3))
-            added |= {"update_seconds": round(took, 3), "an update each 50,000 images": round(
-                100 * took / per_epoch / statistics.median(times[without]), 2)}
-    result |= dict(hardware=limits(args, steps["default"], bfloat16, device),
-                   inference=bench_inference(args, device), memory_bytes=peak_memory())
-    print(json.dumps(result, indent=1))
-    return result
-
-
-if __name__ == "__main__":
-    import common                       # one module, not two: scripts that are imported raise common's faults
-    common.cli(common.main)

@@ -16,67 +16,40 @@ towards tensors of that form while they train on adversarial images, so that the
   [H]  W <- project(W), factorised into 1x1 - kxk - 1x1; then fine-tuned like [A], the factors being free
 S, C, k: output and input channels, kernel. A 1x1 kernel or linear layer is a matrix: two factors, one rank.
 
-What is whose. The paper's body was not available: from its abstract come [A], low rank in one framework
+Sources. The paper's body was not available: from its abstract come [A], low rank in one framework
 with robustness, ranks determined globally, and ratios 2 to 64. [B] and [E] to [H] are those of the same
 group's Tucker-2 ADMM code (Yin et al., CVPR 2021), with the adversarial loss put in. [C], [D], the rule for
 rho and every epoch count are our reconstruction. The first convolution and the classifier stay dense.
 
   python cstar.py --dataset digits                     two minutes on two CPU cores, no network
   python cstar.py --arch resnet18 --ratio 16           CIFAR-10 at full width, for a GPU
-The numbers these gave are in README.md. Of the paper's own, only differences are known (abstract): up to
+What they printed is in results/README.md. Of the paper's own, only differences are known (abstract): up to
 20.07 points of clean and 11.91 of robust accuracy over robust structured pruning, ResNet-18 on CIFAR-10.
 """
 import math
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (NETWORKS, Fault, Parser, Run, UsageFault, autocast, build_network, cli, load_data, sgd,
-                    load_pretrained, network_of, number, pgd, prepare, radius, resolve, save_model, whole)
+from common import (Fault, Run, UsageFault, autocast, build_network, cli, load_data, load_pretrained,
+                    network_of, number, pgd, prepare, ramp, rate, recipes, resolve, save_model, script_parser,
+                    sgd, whole)
 
 
 def get_args(argv=None):
-    parser = Parser(__doc__, prog=Path(__file__).name)
-    run = parser.add_argument_group("run")
-    run.add_argument("--dataset", default="cifar10", help="digits, mnist, cifar10, cifar100, svhn, a folder")
-    run.add_argument("--data-dir", default="data", help="where data sets are looked for and downloaded to")
-    run.add_argument("--workers", type=whole(1, 256), default=8, help="threads that decode class folders")
-    run.add_argument("--train-images", type=whole(0), default=0, help="balanced subset to train on; 0 is all")
-    run.add_argument("--eval-images", type=whole(0), help="the same of the test set (default: 1000 on a CPU)")
-    run.add_argument("--arch", choices=NETWORKS)
-    run.add_argument("--width", type=whole(1, 64), help="16 is the standard network")
-    run.add_argument("--seed", type=whole(0), default=0)
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    run.add_argument("--output", help="the run's folder (default: runs/ and a name made of the flags)")
-    run.add_argument("--resume", action="store_true", help="continue the run in --output")
-    run.add_argument("--pretrained", help="a dense.pt to start from; skips pre-training")
-    train = parser.add_argument_group("training (defaults depend on the data set: RECIPES in common.py)")
-    train.add_argument("--pretrain-epochs", type=whole(0, 10000))
-    train.add_argument("--finetune-epochs", type=whole(0, 10000))
-    train.add_argument("--batch-size", type=whole(2, 65536))
-    train.add_argument("--lr", type=number(1e-8, 10), help="peak learning rate of pre-training")
-    train.add_argument("--momentum", type=number(0, 0.999), default=0.9)
-    train.add_argument("--weight-decay", type=number(0, 1), default=5e-4)
-    train.add_argument("--amp", choices=("auto", "on", "off"), default="auto", help="bfloat16 in training")
-    train.add_argument("--compile", action="store_true", help="torch.compile the network in training")
-    attack = parser.add_argument_group("attack (l_inf; pixels are in [0, 1])")
-    attack.add_argument("--epsilon", type=radius, help="radius, such as 8/255")
-    attack.add_argument("--step-size", type=radius)
-    attack.add_argument("--num-steps", type=whole(0, 10000), help="PGD steps in training")
-    attack.add_argument("--eval-steps", type=whole(1, 10000), default=50, help="PGD steps in evaluation")
-    attack.add_argument("--restarts", type=whole(1, 1000), default=5, help="random starts in evaluation")
+    parser = script_parser(__doc__, __file__, recipes("admm_epochs"))
     paper = parser.add_argument_group("CSTAR")
     paper.add_argument("--ratio", type=number(1, 10000), default=16.0, help="all parameters, dense / compact")
     paper.add_argument("--rank-rule", choices=("hull", "uniform"), default="hull", help="[D] or one fraction")
     paper.add_argument("--admm-epochs", type=whole(0, 10000), help="0 is the one-shot baseline")
-    paper.add_argument("--admm-lr", type=number(1e-8, 10), help="peak learning rate (default: half of --lr)")
-    paper.add_argument("--finetune-lr", type=number(1e-8, 10), help="of fine-tuning (default: --lr)")
+    paper.add_argument("--admm-lr", type=rate, help="peak learning rate (default: half of --lr)")
+    paper.add_argument("--finetune-lr", type=rate, help="of fine-tuning (default: --lr)")
     paper.add_argument("--rho", type=number(1e-9, 1000), help="penalty (default: fits rate and interval)")
     paper.add_argument("--hooi", type=whole(0, 100), default=0, help="alternating sweeps in every projection")
-    args = resolve(parser, parser.parse_args(argv), compress="admm_epochs")
+    args = resolve(parser, parser.parse_args(argv))
+    if not args.admm_epochs:
+        parser.refuse(args, "without --admm-epochs", "rho", "admm_lr")
     args.admm_lr, args.finetune_lr = args.admm_lr or args.lr / 2, args.finetune_lr or args.lr
     return args
 
@@ -274,8 +247,8 @@ def factor_layer(layer, rank):
 
 
 @torch.no_grad()
-def factorise(model, ranks, hooi=0):
-    """[H] Replaces in place every layer that has a rank by its factors: 1x1 - kxk - 1x1, two for a matrix."""
+def factorise_(model, ranks, hooi=0):
+    """[H] Replaces every layer that has a rank by its factors: 1x1 - kxk - 1x1, two for a matrix."""
     for name, rank in ranks.items():
         if rank is None:
             continue
@@ -296,9 +269,9 @@ def factorise(model, ranks, hooi=0):
 
 
 def build(artifact):
-    """The network of a model.pt: thin layers where a rank is stored, else plain; weights loaded strictly."""
+    """The network of a model.pt or dense.pt: thin layers where a rank is stored; weights loaded strictly."""
     model = build_network(**artifact["network"])
-    for name, rank in artifact["ranks"].items():
+    for name, rank in artifact.get("ranks", {}).items():
         if rank is not None:
             model.set_submodule(name, factor_layer(model.get_submodule(name), rank))
     model.load_state_dict(artifact["state"])
@@ -306,9 +279,9 @@ def build(artifact):
 
 
 @torch.no_grad()
-def reestimate_batchnorm(model, batches, most=200):
-    """Running statistics as plain averages over at most `most` batches of clean images, for the cut moved
-    every activation; fine-tuning moves them on to adversarial images, which they see only then."""
+def reestimate_batchnorm_(model, batches, most=200):
+    """Running statistics become plain averages over at most `most` batches of clean images, because the cut
+    moved every activation; fine-tuning moves them on to adversarial images, which they see only then."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     before = [m.momentum for m in norms]
     for m in norms:
@@ -323,17 +296,18 @@ def reestimate_batchnorm(model, batches, most=200):
 
 # ---------------------------------------------------------------- training
 
-def train_epoch(model, batches, optimizer, schedule, args, penalty=None):
-    """One epoch of adversarial training [A]; with a penalty, of ADMM's W-step [E]. Returns what is logged:
-    mean cross-entropy without the penalty, per cent right on the adversarial images of training."""
+def train_epoch(model, batches, optimizer, schedule, args, penalty=None, strength=1.0):
+    """One epoch of adversarial training [A]; with a penalty, of ADMM's W-step [E]. The attack's radius and
+    step are multiplied by `strength`. Returns what is logged: mean cross-entropy without the penalty, per cent
+    right on the adversarial images of training."""
     total = right = n = 0
     for x, y in batches:
         with autocast(args):
             model.eval()                                         # the attack sees fixed batch-norm statistics
-            x_adv = pgd(model, x, y, args.epsilon, args.step_size, args.num_steps)   # [A] inner max
+            x_adv = pgd(model, x, y, strength * args.epsilon, strength * args.step_size, args.num_steps)
             model.train()
             logits = model(x_adv)
-        loss = F.cross_entropy(logits.float(), y)                    # [A] outer min
+        loss = F.cross_entropy(logits.float(), y)                    # [A] outer min; inner max: pgd
         total, right, n = total + loss.detach() * len(y), right + (logits.argmax(1) == y).sum(), n + len(y)
         if penalty:
             loss = loss + penalty()                                  # [E]
@@ -347,7 +321,6 @@ def train_epoch(model, batches, optimizer, schedule, args, penalty=None):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
     args = get_args(argv)
     data = load_data(args)
     network = network_of(args, data)
@@ -355,45 +328,45 @@ def main(argv=None):
     budget = parameter_budget(model, args.ratio)
     if args.pretrained:
         load_pretrained(model, args.pretrained, network)
-    run = Run(args, data, __file__, argv)
+    phases = dict(pretrain=args.pretrain_epochs, admm=args.admm_epochs, finetune=args.finetune_epochs)
+    run = Run(args, data, __file__, phases, argv)
     if run.result:
         return run.result
     model = prepare(model, args)
 
     # Phase 1: a dense robust network.
     optimizer, schedule = sgd(model, args.lr, args.pretrain_epochs, data, args)
-    for epoch in run.epochs("pretrain", args.pretrain_epochs,
-                            model=model, optimizer=optimizer, schedule=schedule):
-        run.log(epoch=epoch + 1, **train_epoch(model, run.batches(), optimizer, schedule, args))
+    for epoch in run.epochs("pretrain", model=model, optimizer=optimizer, schedule=schedule):
+        strength = ramp(epoch, args.ramp_epochs)
+        fields = train_epoch(model, run.batches(), optimizer, schedule, args, strength=strength)
+        run.log(epoch=epoch + 1, **fields, strength=strength)
     layers = factorisable(model)
 
     def save_dense_and_choose_ranks():
-        save_model(run.folder / "dense.pt", "common", network, model, args)
+        save_model(run.folder / "dense.pt", run.script, "dense", network, model, args)
         return choose_ranks({n: m.weight.detach().cpu() for n, m in layers.items()}, budget, args.rank_rule)
-    ranks = run.once("ranks", save_dense_and_choose_ranks)           # [D]
+    ranks = run.compute_once("ranks", save_dense_and_choose_ranks)   # [D]
 
     # Phase 2: ADMM pulls the dense weights towards those ranks. W follows Z - U with time constant
     # (1 - momentum) / (lr rho) steps; at the peak rate three of them fit an epoch, the interval of updates.
     rho = args.rho or 3 * (1 - args.momentum) / (args.admm_lr * data.steps(args.batch_size))
     admm = ADMM(layers, ranks, rho, args.hooi)
     optimizer, schedule = sgd(model, args.admm_lr, args.admm_epochs, data, args)
-    for epoch in run.epochs("admm", args.admm_epochs,
-                            model=model, optimizer=optimizer, schedule=schedule, admm=admm):
+    for epoch in run.epochs("admm", model=model, optimizer=optimizer, schedule=schedule, admm=admm):
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, admm.penalty)
         run.log(epoch=epoch + 1, **fields, rho=rho, residual=admm.update())
-    if len(admm.residuals) > 1 and admm.residuals[-1] > admm.residuals[0]:
+    if admm.residuals and admm.residuals[-1] > 1.1 * min(admm.residuals):
         run.log(note="the residual grew: ADMM did not converge; more --admm-epochs or another --rho may help")
 
     # Phase 3: the cut, and fine-tuning of the factors.
-    model = prepare(factorise(model, ranks, args.hooi), args)        # [H]
-    if not run.begun("finetune"):
-        reestimate_batchnorm(model, data.batches(args.batch_size, run.generator))
+    model = prepare(factorise_(model, ranks, args.hooi), args)       # [H]
+    if not run.resumes_in("finetune"):
+        reestimate_batchnorm_(model, data.batches(args.batch_size, run.generator))
     optimizer, schedule = sgd(model, args.finetune_lr, args.finetune_epochs, data, args)
-    for epoch in run.epochs("finetune", args.finetune_epochs,
-                            model=model, optimizer=optimizer, schedule=schedule):
+    for epoch in run.epochs("finetune", model=model, optimizer=optimizer, schedule=schedule):
         run.log(epoch=epoch + 1, **train_epoch(model, run.batches(), optimizer, schedule, args))
-    save_model(run.folder / "model.pt", run.script, network, model, args, ranks=ranks)
-    return run.finish(ranks=ranks, rho=rho)
+    save_model(run.folder / "model.pt", run.script, "compact", network, model, args, ranks=ranks)
+    return run.finish(ranks=ranks, rho=rho if args.admm_epochs else None)
 
 
 if __name__ == "__main__":

@@ -16,15 +16,14 @@ whatever the objective; HYDRA lets the objective decide, by training importance 
   [H]  CROWN-IBP: margins as linear functions of x, each ReLU between two lines over its interval
   [I]  crown-ibp  CE of the logits -lower(f_y - f_j), lower = share * [H] + (1 - share) * [G]
   [J]  smooth     CE(f(x), y) + beta KL(p(x) || p(x + sigma N(0, 1)))
-  [K]  certified l2 radius of the smoothed network: sigma Phi^-1(p), p by Clopper and Pearson (Cohen 2019)
 
-What is whose. No text of either paper was at hand: the procedure is from their abstracts, [B] to [F], [I]
-and [J] from HYDRA's code, where [F] is Zhang et al. 2019 (TRADES), [H] and [I] Zhang et al. 2020, [J] Carmon
-et al. 2019, [K] Cohen et al. 2019. The first paper's verifiable objective is not known; MixTrain, HYDRA's
-other one, is left out, for CROWN-IBP gives the tighter bounds. The box is clamped to [0, 1], not to the batch
-as in HYDRA's code. Ours: the schedules, that LWM fine-tunes for the epochs that HYDRA spends on [D], and
+Sources. The text of neither paper was available: the procedure is from their abstracts, [B] to [F], [I] and
+[J] from HYDRA's code, where [F] is Zhang et al. 2019 (TRADES), [H] and [I] Zhang et al. 2020, [J] Carmon et
+al. 2019, whose certificate (Cohen et al. 2019) is in tools/evaluate.py. The first paper's verifiable
+objective is not known; MixTrain, HYDRA's other one, is left out. The box is clamped to [0, 1], not to the
+batch as in HYDRA's code. Ours: the schedules, that LWM fine-tunes for the epochs that HYDRA spends on [D], and
 --scheme filter: one score a filter, first its norm; m is on what it gives after its own batch norm, and 0.001
-for 0 in [D], since ReLU passes no gradient at 0: a pruned filter could never return.
+for 0 in [D]: ReLU passes no gradient at 0, so that a pruned filter could never return.
 
   python hydra_prune.py --dataset digits               two minutes on two CPU cores, no network
   python hydra_prune.py --arch vgg16 --ratio 10        CIFAR-10, for a GPU; the first paper: --scores lwm
@@ -32,22 +31,21 @@ for 0 in [D], since ReLU passes no gradient at 0: a pruned filter could never re
       --finetune-epochs 100 --finetune-lr 0.01 --lr 0.1 --batch-size 128 --weight-decay 1e-4    HYDRA's length
 1906.06110 (abstract): at ratio 10, 93 % of clean, 92.5 % of empirical robust, 85 % of verified accuracy are
 preserved. HYDRA (table of results, with extra data), VGG-16 with three linear layers, CIFAR-10, robust %:
-dense 51.9; ratio 10 LWM 48.8, HYDRA 49.5; ratio 100 LWM 34.3, HYDRA 41.7. What we measured is in README.md.
+dense 51.9; ratio 10 LWM 48.8, HYDRA 49.5; ratio 100 LWM 34.3, HYDRA 41.7. What we measured is in
+results/README.md.
 """
-import itertools
+import copy
 import math
-import sys
-from pathlib import Path
-from statistics import NormalDist
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.grad import conv2d_input
 
-from common import (NETWORKS, Fault, Parser, Run, apply_masks, autocast, balanced, build_network,
-                    channel_groups, cli, interval, judging, largest, load_data, load_pretrained, network_of,
-                    number, one_cycle, parameter_masks, per_cent, pgd, prepare, radius, remove_filters,
-                    resized, resolve, save_model, sgd, to_float, whole)
+from common import (Fault, Run, apply_masks_, autocast, build_network, channel_groups, cli, evaluating,
+                    interval, load_data, load_pretrained, network_of, number, one_cycle, parameter_masks,
+                    per_cent, pgd, prepare, ramp, rate, recipes, remove_filters_, resize_, resolve,
+                    save_model, script_parser, sgd, to_float, topk_mask, whole)
 
 OBJECTIVES = ("natural", "pgd", "trades", "crown-ibp", "smooth")
 # Ours, for crown-ibp: a network of plain layers, Adam's rate, more epochs for digits; the usual small radii.
@@ -57,61 +55,36 @@ VERIFIABLE_RADIUS = {"digits": 0.02, "mnist": 0.1, "cifar10": 2 / 255, "cifar100
 
 
 def get_args(argv=None):
-    parser = Parser(__doc__, prog=Path(__file__).name)
-    run = parser.add_argument_group("run")
-    run.add_argument("--dataset", default="cifar10", help="digits, mnist, cifar10, cifar100, svhn, a folder")
-    run.add_argument("--data-dir", default="data", help="where data sets are looked for and downloaded to")
-    run.add_argument("--workers", type=whole(1, 256), default=8, help="threads that decode class folders")
-    run.add_argument("--train-images", type=whole(0), default=0, help="balanced subset to train on; 0 is all")
-    run.add_argument("--eval-images", type=whole(0), help="the same of the test set (default: 1000 on a CPU)")
-    run.add_argument("--arch", choices=NETWORKS)
-    run.add_argument("--width", type=whole(1, 64), help="16 is the standard network")
-    run.add_argument("--seed", type=whole(0), default=0)
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    run.add_argument("--output", help="the run's folder (default: runs/ and a name made of the flags)")
-    run.add_argument("--resume", action="store_true", help="continue the run in --output")
-    run.add_argument("--pretrained", help="a dense.pt to start from; skips pre-training")
-    train = parser.add_argument_group("training (defaults depend on the data set: RECIPES in common.py)")
-    train.add_argument("--pretrain-epochs", type=whole(0, 10000))
-    train.add_argument("--finetune-epochs", type=whole(0, 10000))
-    train.add_argument("--batch-size", type=whole(2, 65536))
-    train.add_argument("--lr", type=number(1e-8, 10), help="peak learning rate of pre-training")
-    train.add_argument("--momentum", type=number(0, 0.999), default=0.9)
-    train.add_argument("--weight-decay", type=number(0, 1), default=5e-4)
-    train.add_argument("--amp", choices=("auto", "on", "off"), default="auto", help="bfloat16 in training")
-    train.add_argument("--compile", action="store_true", help="torch.compile the network in training")
-    attack = parser.add_argument_group("attack (l_inf; pixels are in [0, 1])")
-    attack.add_argument("--epsilon", type=radius, help="radius, such as 8/255")
-    attack.add_argument("--step-size", type=radius)
-    attack.add_argument("--num-steps", type=whole(0, 10000), help="PGD steps in training")
-    attack.add_argument("--ramp-epochs", type=whole(0, 10000), help="first epochs, in which the radius grows")
-    attack.add_argument("--eval-steps", type=whole(1, 10000), default=50, help="PGD steps in evaluation")
-    attack.add_argument("--restarts", type=whole(1, 1000), default=5, help="random starts in evaluation")
+    parser = script_parser(__doc__, __file__, recipes("prune_epochs"))
     paper = parser.add_argument_group("robust pruning")
     paper.add_argument("--scores", choices=("lwm", "hydra"), default="hydra", help="lowest magnitude or [D]")
     paper.add_argument("--objective", choices=OBJECTIVES, default="pgd", help="of all phases")
     paper.add_argument("--scheme", choices=("irregular", "filter"), default="irregular")
     paper.add_argument("--ratio", type=number(1, 10000), default=10.0, help="units, all / kept in each layer")
     paper.add_argument("--prune-epochs", type=whole(0, 10000), help="of [D]; lwm fine-tunes as many more")
-    paper.add_argument("--prune-lr", type=number(1e-8, 10), help="of the scores (default: --lr)")
-    paper.add_argument("--finetune-lr", type=number(1e-8, 10), help="of fine-tuning (default: --lr)")
-    paper.add_argument("--beta", type=number(0, 1000), default=6.0, help="of [F] and [J]")
-    paper.add_argument("--final-share", type=number(0, 1), default=0.0, help="of CROWN-IBP in [I], from 1")
-    paper.add_argument("--sigma", type=number(1e-6, 100), default=0.25, help="noise of [J] and [K]")
-    paper.add_argument("--certify-images", type=whole(0), default=100, help="of [K], after smooth training")
-    paper.add_argument("--certify-draws", type=whole(100, 10**7), default=10000, help="of noise, an image")
-    given, defaults = parser.parse_args(argv), {}
-    if given.objective == "crown-ibp":
-        given.epsilon = VERIFIABLE_RADIUS.get(given.dataset) if given.epsilon is None else given.epsilon
-        defaults = VERIFIABLE | (DIGITS if given.dataset == "digits" else {})
-        defaults["step_size"] = given.epsilon and given.epsilon / 4
-        if given.arch not in (None, "cnn_small", "cnn_large"):
+    paper.add_argument("--prune-lr", type=rate, help="of the scores (default: --lr)")
+    paper.add_argument("--finetune-lr", type=rate, help="of fine-tuning (default: --lr)")
+    paper.add_argument("--beta", type=number(0, 1000), help="of [F] and [J] (default: 6)")
+    paper.add_argument("--final-share", type=number(0, 1), help="of CROWN-IBP in [I], from 1 (default: 0)")
+    paper.add_argument("--sigma", type=number(1e-6, 100), help="noise of [J] (default: 0.25)")
+    args, defaults = parser.parse_args(argv), {}
+    own = {"trades": dict(beta=6.0), "smooth": dict(beta=6.0, sigma=0.25), "crown-ibp": dict(final_share=0.0)}
+    own = own.get(args.objective, {})
+    others = [flag for flag in ("beta", "sigma", "final_share") if flag not in own]
+    parser.refuse(args, f"with --objective {args.objective}", *others)
+    if args.objective == "crown-ibp":
+        parser.refuse(args, "with --objective crown-ibp, which trains with Adam", "momentum")
+        args.epsilon = VERIFIABLE_RADIUS.get(args.dataset) if args.epsilon is None else args.epsilon
+        defaults = VERIFIABLE | (DIGITS if args.dataset == "digits" else {})
+        defaults["step_size"] = args.epsilon and args.epsilon / 4
+        if args.arch not in (None, "cnn_small", "cnn_large"):
             parser.error("argument --objective: crown-ibp is for --arch cnn_small and cnn_large")
-        if given.amp == "on" or given.compile:
+        if args.amp == "on" or args.compile:
             parser.error("argument --objective: crown-ibp trains in float32 and without torch.compile")
-        given.amp = "off"                                            # bounds need all digits
-    args = resolve(parser, given, compress="prune_epochs", **defaults)
-    args.ramp_epochs = min(args.ramp_epochs, args.pretrain_epochs)
+        args.amp = "off"                                             # bounds need all digits
+    args = resolve(parser, args, **own, **defaults)
+    if args.scores == "lwm" or not args.prune_epochs:
+        parser.refuse(args, "without epochs of training scores", "prune_lr")
     args.prune_lr, args.finetune_lr = args.prune_lr or args.lr, args.finetune_lr or args.lr
     return args
 
@@ -137,9 +110,7 @@ def first_score(w, scheme):
 def choose_mask(s, ratio):
     """[B] Boolean like s: True for exactly ceil(n / ratio) of its n entries, those of largest |s|, the first
     among equals."""
-    if not s.isfinite().all():
-        raise Fault("a score is not finite: training has diverged (try a lower --prune-lr, or --amp off)")
-    return largest(s.detach().abs().flatten(), ratio).view(s.shape)
+    return topk_mask(s.detach().abs().flatten(), ratio).view(s.shape)
 
 
 class Scores(nn.Module):
@@ -147,7 +118,7 @@ class Scores(nn.Module):
     state. The network itself holds w * m(s), so that attacks, losses and bounds are those of the pruned one.
     Of a filter, w are the weight and bias of its own batch norm, or where it has none its own, and m is not
     quite 0."""
-    LEAST = {"irregular": 0.0, "filter": 0.001}
+    PRUNED_FACTOR = {"irregular": 0.0, "filter": 0.001}
     def __init__(self, model, scheme, ratio):
         super().__init__()
         self.scheme, self.ratio, self.layers, self.masked = scheme, ratio, prunable(model, scheme), []
@@ -155,31 +126,34 @@ class Scores(nn.Module):
         self.s = nn.ParameterList(first_score(m.weight.detach(), scheme) for m in self.layers.values())
         for i, (name, layer) in enumerate(self.layers.items()):
             last = layer if scheme == "irregular" or not norms[name] else model.get_submodule(norms[name])
-            held = [last.weight] if scheme == "irregular" or last.bias is None else [last.weight, last.bias]
-            self.masked.append([(p, f"w{i}_{j}") for j, p in enumerate(held)])
+            own = [last.weight] if scheme == "irregular" or last.bias is None else [last.weight, last.bias]
+            self.masked.append([(p, f"w{i}_{j}") for j, p in enumerate(own)])
             for p, buffer in self.masked[i]:
                 self.register_buffer(buffer, p.detach().clone())
 
     def masks(self):
-        """{layer: boolean like its weight}."""
+        """{layer: boolean like its weight}; Fault if a score is not finite."""
+        if not all(s.isfinite().all() for s in self.s):
+            raise Fault("a score is not finite: training has diverged (try a lower --prune-lr, or --amp off)")
         masks = {name: choose_mask(s, self.ratio) for name, s in zip(self.layers, self.s)}
         return {name: spread(mask, self.layers[name].weight) for name, mask in masks.items()}
 
     @torch.no_grad()
-    def put_masked(self):
+    def mask_weights_(self):
         """[B] Sets what the network holds to w * m(s)."""
-        for s, held in zip(self.s, self.masked):
-            for p, buffer in held:
+        for s, masked in zip(self.s, self.masked):
+            mask = choose_mask(s, self.ratio)
+            for p, buffer in masked:
                 w = getattr(self, buffer)
-                p.copy_(torch.where(spread(choose_mask(s, self.ratio), p), w, self.LEAST[self.scheme] * w))
+                p.copy_(torch.where(spread(mask, p), w, self.PRUNED_FACTOR[self.scheme] * w))
 
     @torch.no_grad()
-    def take_gradients(self):
+    def collect_gradients_(self):
         """[D] dL/ds = sign(s) w dL/d(w m), of the pruned too, from the gradients that the network got; of a
         filter, whose entries have one m, their sum."""
-        for s, held in zip(self.s, self.masked):
+        for s, masked in zip(self.s, self.masked):
             s.grad = torch.zeros_like(s)
-            for p, buffer in held:
+            for p, buffer in masked:
                 each = getattr(self, buffer) * p.grad
                 s.grad += s.sign() * (each if s.shape == p.shape else each.flatten(1).sum(1))
                 p.grad = None
@@ -222,8 +196,9 @@ def interval_boxes(layers, x, epsilon):
             center = layer((lower + upper) / 2)
             r = linear_map(layer, (upper - lower) / 2, layer.weight.abs())
             boxes.append((center - r, center + r))
-        else:                                                        # ReLU and Flatten keep the order
-            boxes.append((layer(lower), layer(upper)))
+        else:                                                        # ReLU, perhaps in place, and Flatten
+            monotone = F.relu if isinstance(layer, nn.ReLU) else layer
+            boxes.append((monotone(lower), monotone(upper)))
     return boxes
 
 
@@ -260,13 +235,9 @@ def crown_margins(layers, boxes, y, adaptive=True):
         else:
             if layer.bias is not None:
                 d = d + a.sum((3, 4)) @ layer.bias
-            size, pads = lower.shape[2:], zip(a.shape[3:], layer.stride, layer.padding, layer.dilation,
-                                              layer.kernel_size)
-            rest = [n - ((out - 1) * stride - 2 * pad + dilation * (k - 1) + 1)
-                    for n, (out, stride, pad, dilation, k) in zip(size, pads)]
-            back = F.conv_transpose2d(a.flatten(0, 1), layer.weight, None, layer.stride, layer.padding, rest,
-                                      layer.groups, layer.dilation)
-            a = back.unflatten(0, a.shape[:2])
+            inputs = a.shape[0] * a.shape[1], *lower.shape[1:]
+            a = conv2d_input(inputs, layer.weight, a.flatten(0, 1), layer.stride, layer.padding,
+                             layer.dilation, layer.groups).unflatten(0, a.shape[:2])
     (lower, upper), a = boxes[0], a.flatten(2)
     center, r = ((upper + lower) / 2).flatten(1)[:, :, None], ((upper - lower) / 2).flatten(1)[:, :, None]
     return d + (a @ center - a.abs() @ r)[:, :, 0]
@@ -288,64 +259,15 @@ def verify(model, images, epsilon, robust):
     except Fault:
         return {}
     size = max(1, 500 // layers[-1].out_features)                    # [H] holds every layer once a class
-    with judging(model):
-        model.double()
+    layers = plain_layers(copy.deepcopy(model).double())
+    with evaluating(model):
         verified = [(best_margins(layers, to_float(x).double(), y, epsilon).scatter(1, y[:, None], 1.0) > 0)
                     .all(1) for x, y in zip(images[0].split(size), images[1].split(size))]
-        model.float()
     verified = torch.cat(verified)
     if (verified & ~robust).any():
         raise Fault("an image that the bounds verify was misclassified: the bounds are not sound")
     accuracy = per_cent(verified)
     return dict(verified_acc=accuracy, verified_ci=interval(accuracy, len(verified)))
-
-
-# ---------------------------------------------------------------- randomised smoothing
-
-def clopper_pearson(count, n, alpha):
-    """One-sided lower confidence bound of a probability of which `count` of n draws were hits: the p for
-    which `count` or more of n are as likely as alpha. Bisection on the binomial tail, in float64."""
-    if count == 0:
-        return 0.0
-    k = torch.arange(count, n + 1, dtype=torch.float64)
-    ways = math.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        p = (low + high) / 2
-        tail = torch.logsumexp(ways + k * math.log(p) + (n - k) * math.log1p(-p), 0)
-        low, high = (p, high) if tail < math.log(alpha) else (low, p)
-    return low
-
-
-def certify(model, image, generator, *, sigma, draws, selection=100, alpha=0.001, classes=10):
-    """[K] (class, l2 radius) of the smoothed network at one image (C, H, W); (None, 0.0) if it abstains. The
-    class is chosen with `selection` draws, others give the bound, which fails with probability alpha."""
-    def votes(n):
-        total = torch.zeros(classes, dtype=torch.long, device=image.device)
-        for size in [1000] * (n // 1000) + [n % 1000] * (n % 1000 > 0):
-            noise = torch.randn((size, *image.shape), generator=generator, device=image.device)
-            noisy = (image + sigma * noise).contiguous(memory_format=torch.channels_last)      # never clamped
-            total += model(noisy).argmax(1).bincount(minlength=classes)
-        return total
-    best = int(votes(selection).argmax())
-    p = clopper_pearson(int(votes(draws)[best]), draws, alpha)
-    return (best, sigma * NormalDist().inv_cdf(p)) if p > 0.5 else (None, 0.0)
-
-
-def smoothed(model, images, classes, args):
-    """What result.json says of the smoothed network: the curve of certified accuracy, in per cent, against
-    the l2 radius; to abstain is to be wrong. Another norm and classifier than those of robust_acc."""
-    chosen = balanced(images[1].cpu().numpy(), min(args.certify_images, len(images[1])))
-    x, y = to_float(images[0][chosen]), images[1][chosen].tolist()
-    with judging(model, seed=args.seed) as generator:
-        found = [certify(model, image, generator, sigma=args.sigma, draws=args.certify_draws, classes=classes)
-                 for image in x]
-    reach = [r if label == true else -1.0 for (label, r), true in zip(found, y)]
-    radii = [round(0.05 * i, 2) for i in itertools.takewhile(lambda i: 0.05 * i <= max(reach), range(10**4))]
-    return dict(smoothed=dict(
-        norm="l_2", sigma=args.sigma, draws=args.certify_draws, selection=100, alpha=0.001, images=len(y),
-        abstained=sum(label is None for label, _ in found),
-        curve={f"{r:.2f}": round(100 * sum(mine >= r for mine in reach) / len(y), 2) for r in radii}))
 
 
 # ---------------------------------------------------------------- training
@@ -395,13 +317,13 @@ def train_epoch(model, batches, optimizer, schedule, args, scores=None, masks=No
         model.zero_grad()                                            # in [D] the optimizer has no weights
         loss.backward()
         if scores:
-            scores.take_gradients()                                  # [D]
+            scores.collect_gradients_()                              # [D]
         optimizer.step()
         schedule.step()
         if scores:
-            scores.put_masked()                                      # [B]
+            scores.mask_weights_()                                   # [B]
         if masks:
-            apply_masks(model, masks)                                # [E]
+            apply_masks_(model, masks)                               # [E]
     if not math.isfinite(total):
         raise Fault("the training loss is not finite: training has diverged (try a lower --lr, or --amp off)")
     fields = dict(loss=total.item() / n, train_acc=100 * right.item() / n)
@@ -419,74 +341,74 @@ def optimizer_of(module, lr, epochs, data, args):
 
 
 def build(artifact):
-    """The network of a model.pt: with the layers' stored sizes; weights loaded strictly."""
-    return resized(build_network(**artifact["network"]), artifact["state"])
+    """The network of a model.pt or dense.pt: with the layers' stored sizes; weights loaded strictly."""
+    return resize_(build_network(**artifact["network"]), artifact["state"])
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
     args = get_args(argv)
     data = load_data(args)
     network = network_of(args, data)
     model = build_network(**network)
     if args.pretrained:
         load_pretrained(model, args.pretrained, network)
-    run = Run(args, data, __file__, argv)
+    phases = dict(pretrain=args.pretrain_epochs, prune=args.prune_epochs, finetune=args.finetune_epochs)
+    if args.scores == "lwm":
+        phases |= dict(prune=0, finetune=args.finetune_epochs + args.prune_epochs)
+    run = Run(args, data, __file__, phases, argv)
     if run.result:
         return run.result
-    model = prepare(model, args)
+    model, steps = prepare(model, args), data.steps(args.batch_size)
 
-    # Phase 1: a dense robust network; the radius grows in its first epochs.
-    optimizer, schedule = optimizer_of(model, args.lr, args.pretrain_epochs, data, args)
-    for epoch in run.epochs("pretrain", args.pretrain_epochs,
-                            model=model, optimizer=optimizer, schedule=schedule):
+    # Phase 1: a dense robust network; the radius grows in its first epochs, step by step.
+    optimizer, schedule = optimizer_of(model, args.lr, phases["pretrain"], data, args)
+    for epoch in run.epochs("pretrain", model=model, optimizer=optimizer, schedule=schedule):
         def strength(step):
-            ramp = args.ramp_epochs * data.steps(args.batch_size)
-            return min(1.0, (epoch * data.steps(args.batch_size) + step + 1) / max(1, ramp))
+            return ramp(epoch * steps + step, args.ramp_epochs * steps)
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, strength=strength)
         run.log(epoch=epoch + 1, **fields)
-    run.once("dense", lambda: save_model(run.folder / "dense.pt", "common", network, model, args))
+    dense = run.folder / "dense.pt"
+    run.compute_once("dense", lambda: save_model(dense, run.script, "dense", network, model, args))
 
-    # Phase 2: HYDRA trains the scores, and the batch norms with them; LWM leaves them as they began.
+    # Phase 2: HYDRA trains the scores, and with them the batch norms that no score masks; LWM trains nothing.
     scores = Scores(model, args.scheme, args.ratio).to(args.device)              # [C]
-    lowest = run.once("lowest", lambda: {name: mask.cpu() for name, mask in scores.masks().items()})
-    epochs = args.prune_epochs if args.scores == "hydra" else 0
-    if epochs and not run.begun("prune"):
-        scores.put_masked()
+    lowest = run.compute_once("lowest", lambda: {name: mask.cpu() for name, mask in scores.masks().items()})
+    if phases["prune"] and not run.resumes_in("prune"):
+        scores.mask_weights_()
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    optimizer, schedule = optimizer_of(nn.ModuleList([scores, *norms]), args.prune_lr, epochs, data, args)
+    trained = nn.ModuleList([scores, *norms])
+    optimizer, schedule = optimizer_of(trained, args.prune_lr, phases["prune"], data, args)
 
     def mask_changed():
         moved = [(mask.cpu() ^ lowest[name]).sum() for name, mask in scores.masks().items()]
         return 100 * float(sum(moved)) / sum(mask.numel() for mask in lowest.values())
-    for epoch in run.epochs("prune", epochs,
-                            model=model, optimizer=optimizer, schedule=schedule, scores=scores):
+    for epoch in run.epochs("prune", model=model, optimizer=optimizer, schedule=schedule, scores=scores):
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, scores)
         run.log(epoch=epoch + 1, **fields, mask_changed=mask_changed())
-    changed = run.once("changed", mask_changed)
+    changed = run.compute_once("changed", mask_changed)
 
     # Phase 3: the cut, and fine-tuning of what is left.
     def choose():
         masks = parameter_masks(model, scores.masks(), filters=args.scheme == "filter")
         return {name: mask.cpu() for name, mask in masks.items()}
-    masks = {name: mask.to(args.device) for name, mask in run.once("masks", choose).items()}
-    apply_masks(model, masks)                                        # [E]
+    masks = {name: mask.to(args.device) for name, mask in run.compute_once("masks", choose).items()}
+    apply_masks_(model, masks)                                       # [E]
     kept = {name: int(mask.sum()) for name, mask in masks.items() if name.endswith("weight")}
     if args.scheme == "filter":
-        model, masks = remove_filters(model, masks)
+        model, masks = remove_filters_(model, masks)
     model, masks = prepare(model, args), {name: mask for name, mask in masks.items() if not mask.all()}
-    epochs = args.finetune_epochs + (args.prune_epochs if args.scores == "lwm" else 0)
-    optimizer, schedule = optimizer_of(model, args.finetune_lr, epochs, data, args)
-    for epoch in run.epochs("finetune", epochs, model=model, optimizer=optimizer, schedule=schedule):
+    optimizer, schedule = optimizer_of(model, args.finetune_lr, phases["finetune"], data, args)
+    for epoch in run.epochs("finetune", model=model, optimizer=optimizer, schedule=schedule):
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, masks=masks)
         run.log(epoch=epoch + 1, **fields)
-    save_model(run.folder / "model.pt", run.script, network, model, args)
+    save_model(run.folder / "model.pt", run.script, "compact", network, model, args)
 
-    def judge(found, robust):
-        certified = args.objective == "smooth" and args.certify_images
-        return verify(found, data.test, args.epsilon, robust) | (
-            smoothed(found, data.test, len(data.classes), args) if certified else {})
-    return run.finish(judge, kept=kept, mask_changed=changed)
+    def extra_metrics(network, robust):
+        return verify(network, data.test, args.epsilon, robust)
+    result = run.finish(extra_metrics, kept=kept, mask_changed=changed)
+    if args.objective == "smooth":
+        print(f"certify it by: python tools/evaluate.py {run.folder}/model.pt --smoothing {args.sigma:g}")
+    return result
 
 
 if __name__ == "__main__":
