@@ -40,12 +40,12 @@ import torch.nn.functional as F
 
 from common import (Fault, Run, UsageFault, apply_masks_, autocast, build_network, channel_groups, cli,
                     load_data, load_pretrained, network_of, number, parameter_masks, pgd, prepare, ramp, rate,
-                    read_artifact, recipes, remove_filters_, resize_, resolve, save_model, script_parser, sgd,
+                    read_artifact, remove_filters_, resize_, resolve, save_model, script_parser, sgd,
                     topk_mask, whole)
 
 
 def get_args(argv=None):
-    parser = script_parser(__doc__, __file__, recipes("admm_epochs"))
+    parser = script_parser(__doc__, __file__, "admm_epochs")
     paper = parser.add_argument_group("ADMM pruning")
     paper.add_argument("--mode", choices=MODES, default="admm", help="the method or a baseline")
     paper.add_argument("--ticket", help="ticket.pt of a --mode admm run that pre-trained")

@@ -47,19 +47,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (CIFAR, RECIPES, Fault, Run, UsageFault, WideBlock, autocast, build_network, channel_groups,
-                    cli, conv3x3, evaluate, load_data, load_pretrained, network_of, number, per_cent, pgd,
-                    prepare, ramp, rate, recipes, resize_, resolve, save_model, script_parser, sgd, whole,
+from common import (CIFAR, RECIPES, Fault, Run, UsageFault, WideBlock, autocast, build_network,
+                    channel_groups, cli, conv3x3, evaluate, load_data, load_pretrained, network_of, number,
+                    per_cent, pgd, prepare, ramp, rate, resize_, resolve, save_model, script_parser, sgd, whole,
                     without_channels)
 
 
 def get_args(argv=None):
-    defaults = recipes("relax_epochs")
-    for recipe in defaults.values():                                 # the authors switch at 120 of 200 epochs
-        epochs = recipe["relax_epochs"] + recipe["finetune_epochs"]
-        recipe |= dict(arch="enresnet", width=max(8, recipe["width"]), relax_epochs=round(0.6 * epochs),
-                       finetune_epochs=epochs - round(0.6 * epochs))
-    parser = script_parser(__doc__, __file__, defaults, networks=["enresnet"])
+    def adapt(recipe):                                               # the authors switch at 120 of 200 epochs
+        epochs = recipe["compress_epochs"] + recipe["finetune_epochs"]
+        return dict(arch="enresnet", width=max(8, recipe["width"]), compress_epochs=round(0.6 * epochs),
+                    finetune_epochs=epochs - round(0.6 * epochs))
+    parser = script_parser(__doc__, __file__, "relax_epochs", ["enresnet"], adapt)
     parser.set_defaults(eval_steps=None, restarts=None)              # with noise fewer: see below
     paper = parser.add_argument_group("Binary-Relax, EnResNet and the trade-off loss")
     paper.add_argument("--eot", type=whole(1, 1000), help="passes a gradient, with noise (default: 10)")

@@ -5,6 +5,7 @@ import this file, which knows none of them and is never run; programs for finish
 """
 import argparse
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -14,7 +15,6 @@ import re
 import shlex
 import shutil
 import signal
-import statistics
 import sys
 import time
 import zipfile
@@ -30,24 +30,24 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-# The defaults of every data set; the keys are flags, compress_epochs those of the paper's own phase. The epochs
-# are ours: digits fits two minutes of two CPU cores, the others are for a GPU: 80 in all, meant (not measured)
-# to take ten minutes of an H200 on CIFAR-10.
+# The defaults of every data set; the keys are flags, compress_epochs is that of the paper's own phase. The
+# epochs are ours: digits takes two minutes of two CPU cores; the others' 80 are for a GPU (not measured).
 CIFAR = dict(arch="resnet18", width=16, pretrain_epochs=40, compress_epochs=20, finetune_epochs=20,
              batch_size=256, lr=0.2, momentum=0.9, weight_decay=5e-4, epsilon=8 / 255, step_size=2 / 255,
              num_steps=10, ramp_epochs=0)
 RECIPES = {
-    "digits": CIFAR | dict(width=4, pretrain_epochs=15, compress_epochs=6, finetune_epochs=10, batch_size=64,
-                           lr=0.1, epsilon=0.2, step_size=0.05),
+    "digits": CIFAR | dict(width=4, batch_size=64, lr=0.1, epsilon=0.2, step_size=0.05, pretrain_epochs=15,
+                           compress_epochs=6, finetune_epochs=10),
     "mnist": CIFAR | dict(arch="lenet", width=4, batch_size=128, lr=0.05, epsilon=0.3, step_size=0.01,
                           num_steps=40, ramp_epochs=10),
     "cifar10": CIFAR, "cifar100": CIFAR, "svhn": CIFAR | dict(lr=0.1)}
 AUGMENTATION = {"digits": dict(), "mnist": dict(), "svhn": dict(crop=4)}      # others: crop=4, flip=True
+FORMAT = 2                                                       # of all files; 1 had other bit maps
+CLEAR = "\r\033[K"                                               # takes progress() off the terminal's line
 
 
 # ---------------------------------------------------------------- faults and flags
-
-class Fault(RuntimeError):
+class Fault(Exception):
     """A run-time fault: one sentence for the user, exit status 1."""
     status = 1
 
@@ -61,10 +61,6 @@ def first_line(fault):
     return str(fault).strip().partition("\n")[0] or type(fault).__name__
 
 
-def dashed(flag):
-    return "--" + flag.replace("_", "-")
-
-
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, whose errors are one line."""
     def __init__(self, description, **more):
@@ -75,13 +71,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
     def refuse(self, args, reason, *flags):
-        """One line and exit 2 if one of these flags, whose default is None, was given: it does nothing then."""
+        """Exits with one line if one of these flags, None by default, was given: it would do nothing."""
         for flag in flags:
             if getattr(args, flag) is not None:
-                self.error(f"argument {dashed(flag)}: does nothing {reason}")
+                self.error(f"argument --{flag.replace('_', '-')}: does nothing {reason}")
 
 
-def number(low, high, kind=float, hint=""):
+def number(low, high=10**9, kind=float, hint=""):
     """An argparse type: a float (8/255 is one too) or int in [low, high]; nan and inf are not."""
     def convert(text):
         with contextlib.suppress(ValueError, ZeroDivisionError, OverflowError):
@@ -93,27 +89,22 @@ def number(low, high, kind=float, hint=""):
     return convert
 
 
-def whole(low, high=10**9):
-    return number(low, high, int)
-
-
+whole = functools.partial(number, kind=int)
 radius = number(0, 1, hint=" (pixels are in [0, 1]: write 8/255, not 8)")
 rate = number(1e-8, 10)
 
 
-def recipes(phase):
-    """RECIPES, in which compress_epochs is the flag `phase` of a script."""
-    return {name: {phase if key == "compress_epochs" else key: value for key, value in recipe.items()}
-            for name, recipe in RECIPES.items()}
-
-
-def script_parser(doc, script, defaults, networks=()):
-    """The parser of a script with the flags that all four have; the script adds its paper's own. defaults is
-    what recipes() gives; networks are names of --arch that only this script knows."""
-    parser = Parser(doc, prog=Path(script).name, epilog="defaults of each data set:\n" + "\n".join(
-        f"  {name}: " + " ".join(f"{dashed(k)} {v:.5g}" if isinstance(v, float) else f"{dashed(k)} {v}"
-                                 for k, v in recipe.items()) for name, recipe in defaults.items()))
-    parser.recipes = defaults
+def script_parser(doc, script, phase, networks=(), adapt=lambda recipe: {}):
+    """The parser of a script with the flags that all four have; the script adds its paper's own. phase is the
+    flag for compress_epochs, networks are names of --arch that only this script knows; what adapt(recipe)
+    gives differs from that recipe of RECIPES."""
+    recipes = {name: {phase if k == "compress_epochs" else k: v for k, v in (recipe | adapt(recipe)).items()}
+               for name, recipe in RECIPES.items()}
+    lines = (" ".join([f"  {name}:", *(f"--{k} {v:.5g}" if isinstance(v, float) else f"--{k} {v}"
+                                       for k, v in recipe.items())]) for name, recipe in recipes.items())
+    parser = Parser(doc, prog=Path(script).name,
+                    epilog="\n".join(["defaults of each data set:", *lines]).replace("_", "-"))
+    parser.recipes = recipes
     run = parser.add_argument_group("run")
     run.add_argument("--dataset", default="cifar10", help="digits, mnist, cifar10, cifar100, svhn, a folder")
     run.add_argument("--data-dir", default="data", help="where data sets are looked for and downloaded to")
@@ -150,8 +141,8 @@ def resolve(parser, args, longest_ramp=lambda args: args.pretrain_epochs, **defa
     """Fills the flags not given, first from `defaults`, then from the data set's recipe, refuses what
     contradicts, and seeds torch. --ramp-epochs has at most longest_ramp(args)."""
     if args.dataset not in RECIPES and args.epsilon is None:
-        parser.error(f"argument --dataset: {args.dataset} is none of {', '.join(RECIPES)}; a folder of "
-                     "classes of your own needs --epsilon")
+        parser.error(f"argument --dataset: a folder of your own, {args.dataset}, needs --epsilon; known are "
+                     + ", ".join(RECIPES))
     if args.pretrained and args.pretrain_epochs:
         parser.error("argument --pretrain-epochs: not with --pretrained, which skips that phase")
     if args.pretrained:
@@ -162,8 +153,8 @@ def resolve(parser, args, longest_ramp=lambda args: args.pretrain_epochs, **defa
         if getattr(args, name) is None:
             setattr(args, name, value)
     if ramp_given > (longest := longest_ramp(args)):
-        parser.error(f"argument --ramp-epochs: {ramp_given} is more than the {longest} epochs in which the radius "
-                     "can grow here")
+        parser.error(f"argument --ramp-epochs: {ramp_given} is more than the {longest} epochs in which the "
+                     "radius can grow")
     args.ramp_epochs = min(args.ramp_epochs, longest)
     args.device = check_device(args.device)
     if args.compile and not any(map(shutil.which, ("cc", "gcc", "c++", "g++", "clang++"))):
@@ -175,11 +166,10 @@ def resolve(parser, args, longest_ramp=lambda args: args.pretrain_epochs, **defa
 
 def check_device(name):
     """'auto', 'cpu', 'cuda' or 'cuda:1' -> 'cpu' or 'cuda:N'; UsageFault if that is not there."""
-    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
-    if name == "auto" or name == "cuda" and cuda:
-        return [*cuda, "cpu"][0]
-    if name not in ["cpu", *cuda]:
-        raise UsageFault(f"argument --device: {name} is none of this machine's {', '.join(['cpu', *cuda])}")
+    here = [*(f"cuda:{i}" for i in range(torch.cuda.is_available() and torch.cuda.device_count())), "cpu"]
+    name = here[0] if name == "auto" or name == "cuda" and len(here) > 1 else name
+    if name not in here:
+        raise UsageFault(f"argument --device: {name} is none of this machine's {', '.join(here)}")
     return name
 
 
@@ -194,6 +184,19 @@ def bfloat16_is_fast(device):
 def autocast(args):
     """bfloat16 products in training where --amp says so; evaluation is always in float32."""
     return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.amp)
+
+
+def progress(items, label, total, later=0):
+    """Iterates over items; on a terminal, and only there, with a line of progress and the time to go, which
+    counts `later` more such items that come afterwards."""
+    begin, terminal = time.time(), sys.stderr.isatty()
+    for i, item in enumerate(items):
+        if terminal:
+            rest = int((time.time() - begin) / max(1, i) * (total + later - i))
+            to_go = f", {rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02} to go" if i else ""
+            print(f"{CLEAR}{label}: {i + 1}/{total}{to_go}", end="", file=sys.stderr, flush=True)
+        yield item
+    print(CLEAR * terminal, end="", file=sys.stderr, flush=True)
 
 
 def cli(main):
@@ -230,24 +233,7 @@ def cli(main):
     sys.exit(status)
 
 
-CLEAR = "\r\033[K"                                               # what progress() left on the terminal's line
-
-
-def progress(items, label, total, later=0):
-    """Iterates over items; on a terminal, and only there, with a line of progress and the time to go, which
-    counts `later` more such items that come afterwards."""
-    begin, terminal = time.time(), sys.stderr.isatty()
-    for i, item in enumerate(items):
-        if terminal:
-            rest = int((time.time() - begin) / max(1, i) * (total + later - i))
-            to_go = f", {rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02} to go" if i else ""
-            print(f"{CLEAR}{label}: {i + 1}/{total}{to_go}", end="", file=sys.stderr, flush=True)
-        yield item
-    print(CLEAR * terminal, end="", file=sys.stderr, flush=True)
-
-
 # ---------------------------------------------------------------- data
-
 TORCHVISION = {"mnist": ("MNIST", "MNIST/raw"), "cifar10": ("CIFAR10", "cifar-10-batches-py"),
                "cifar100": ("CIFAR100", "cifar-100-python"), "svhn": ("SVHN", "train_32x32.mat")}
 
@@ -343,18 +329,16 @@ def read_torchvision(name, root, download):
         reader = getattr(torchvision.datasets, TORCHVISION[name][0])
         options = [dict(split=s) if name == "svhn" else dict(train=s == "train") for s in ("train", "test")]
         splits = [reader(str(root), download=download, **option) for option in options]
-    except Exception as fault:                                   # of torchvision's readers, which unpickle
+    except Exception as fault:                                   # of readers that unpickle: of any kind
         if not download:
             return None
         raise Fault(f"{name} is neither in {root / TORCHVISION[name][1]} nor in {root / name}/train/<class>, "
                     f"and torchvision could not fetch or read it ({first_line(fault)}); put "
                     "the files there, or use --dataset digits, which needs none") from None
-    pairs = []
-    for split in splits:
-        x, y = np.asarray(split.data), np.asarray(split.labels if name == "svhn" else split.targets)
-        if name != "svhn":                                       # (N, H, W) or (N, H, W, C) -> (N, C, H, W)
-            x = x[:, None] if name == "mnist" else np.ascontiguousarray(x.transpose(0, 3, 1, 2))
-        pairs.append((x, y))
+    pairs = [(np.asarray(s.data), np.asarray(s.labels if name == "svhn" else s.targets)) for s in splits]
+    if name != "svhn":                                           # (N, H, W) or (N, H, W, C) -> (N, C, H, W)
+        pairs = [(x[:, None] if x.ndim == 3 else np.ascontiguousarray(x.transpose(0, 3, 1, 2)), y)
+                 for x, y in pairs]
     return *pairs, getattr(splits[0], "classes", [str(d) for d in range(10)])
 
 
@@ -367,50 +351,41 @@ def read_folders(root, workers):
         raise Fault(f"the class folders in {root} need Pillow: pip install pillow") from None
 
     def entries(folder):
-        return sorted(e for e in os.listdir(folder) if not e.startswith(".") and e != "Thumbs.db")
+        return sorted(e for e in folder.iterdir() if e.name[0] != "." and e.name != "Thumbs.db")
 
     def read(path):
         try:
             with Image.open(path) as image:
                 if image.mode[0] in "IF":
                     raise ValueError(f"its mode is {image.mode}, not 8 bits a channel")
-                return np.asarray(image.convert("L" if image.mode in ("L", "1") else "RGB"))
+                return np.asarray(image.convert("RGB")), image.mode in ("L", "1")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as fault:
             raise Fault(f"{path} cannot be read as an image ({first_line(fault)})") from None
-    splits, names = [], []
+    pairs, names, all_grey = [], [], True
     for split in (root / "train", root / "test"):
-        names.append([e for e in entries(split) if (split / e).is_dir()] if split.is_dir() else [])
+        names.append([e.name for e in entries(split) if e.is_dir()] if split.is_dir() else [])
         odd = sorted(set(names[0]) ^ set(names[-1]))
         if odd or len(names[0]) < 2:
-            some = ", ".join(odd[:5]) + (f" and {len(odd) - 5} more" if len(odd) > 5 else "")
-            raise Fault(f"{split} has {len(names[-1])} class folders; wanted: two or more, the same ones in "
-                        f"train and test{f' (in one of them only: {some})' if odd else ''}")
-        paths = [[split / name / e for e in entries(split / name)] for name in names[0]]
+            raise Fault(f"{split} has {len(names[-1])} class folders; wanted: two or more, those of train "
+                        f"(differing: {', '.join(odd[:5]) or 'none'}{', ...' * (len(odd) > 5)})")
+        paths = [entries(split / name) for name in names[0]]
         if [] in paths:
             raise Fault(f"{split / names[0][paths.index([])]} holds no images")
-        labels = np.repeat(range(len(paths)), list(map(len, paths)))
-        paths = sum(paths, [])
+        labels, paths = np.repeat(range(len(paths)), list(map(len, paths))), sum(paths, [])
         with ThreadPoolExecutor(workers) as pool:
-            images = list(pool.map(read, paths))
-        first = splits[0][0][0] if splits else images[0]
+            images, grey = zip(*pool.map(read, paths))
+        size, all_grey = (pairs[0][0] if pairs else images)[0].shape, all_grey and all(grey)
         for path, image in zip(paths, images):
-            if image.shape[:2] != first.shape[:2]:
+            if image.shape != size:
                 raise Fault(f"{path} has {image.shape[1]}x{image.shape[0]} pixels, the first image "
-                            f"{first.shape[1]}x{first.shape[0]}: all must have one size")
-        splits.append((images, labels))
-    colour = any(image.ndim == 3 for images, _ in splits for image in images)
-    pairs = []
-    for images, labels in splits:                                # (H, W) or (H, W, 3) -> (N, C, H, W)
-        images = np.stack([np.broadcast_to(i[..., None], (*i.shape, 3)) if colour and i.ndim == 2 else i
-                           for i in images])
-        images = np.ascontiguousarray(images.transpose(0, 3, 1, 2)) if colour else images[:, None]
-        pairs.append((images, labels))
+                            f"{size[1]}x{size[0]}: all must have one size")
+        pairs.append((np.stack(images), labels))
+    pairs = [(np.ascontiguousarray(x[..., :1 if all_grey else 3].transpose(0, 3, 1, 2)), y) for x, y in pairs]
     order = balanced(pairs[1][1])                                # sorted by class till now
     return pairs[0], tuple(a[order] for a in pairs[1]), names[0]
 
 
 # ---------------------------------------------------------------- networks
-
 def conv3x3(c_in, c_out, stride=1, bias=False):
     return nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=bias)
 
@@ -492,33 +467,16 @@ class WRN28_4(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-class LeNet(nn.Module):
-    """The ADMM paper's LeNets: the padded one (MNIST) for one channel, the unpadded one (CIFAR) for more."""
-    def __init__(self, width, channels, classes, size):
-        super().__init__()
-        c1, c2, *hidden, pad = (2, 4, 64, 2) if channels == 1 else (6, 16, 120, 84, 0)
-        self.conv1 = nn.Conv2d(channels, c1 * width, 5, padding=pad)
-        self.conv2 = nn.Conv2d(c1 * width, c2 * width, 5, padding=pad)
-        h, w = (((s - 4 + 2 * pad) // 2 - 4 + 2 * pad) // 2 for s in size)
-        n = [c2 * width * h * w, *(units * width for units in hidden), classes]
-        self.fc = nn.ModuleList(nn.Linear(n[i], n[i + 1]) for i in range(len(n) - 1))
-
-    def forward(self, x):
-        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
-        x = F.max_pool2d(F.relu(self.conv2(x)), 2).flatten(1)
-        for layer in self.fc[:-1]:
-            x = F.relu(layer(x))
-        return self.fc[-1](x)
-
-
 class CNN(nn.Sequential):
-    """HYDRA's networks for verifiable training: convolutions (channels at width 16, kernel, stride), ReLU and
-    linear layers, and nothing else, so that bounds can be propagated through them."""
-    def __init__(self, width, channels, classes, size, convs, linear):
+    """A chain: convolutions (channels at width 16, kernel, stride) with ReLU and perhaps max pooling, then
+    linear layers (units at width 16) with ReLU in between."""
+    def __init__(self, width, channels, classes, size, convs, linear, padding=1, pool=1):
         layers, (h, w) = [], size
         for c, kernel, stride in convs:
-            layers += [nn.Conv2d(channels, -(-c * width // 16), kernel, stride, padding=1), nn.ReLU()]
-            channels, h, w = layers[-2].out_channels, *((n + 2 - kernel) // stride + 1 for n in (h, w))
+            layers += [nn.Conv2d(channels, -(-c * width // 16), kernel, stride, padding), nn.ReLU()]
+            layers += [nn.MaxPool2d(pool)] * (pool > 1)
+            h, w = (((n + 2 * padding - kernel) // stride + 1) // pool for n in (h, w))
+            channels = -(-c * width // 16)
         layers, units = [*layers, nn.Flatten()], channels * h * w
         for n in linear:
             layers += [nn.Linear(units, -(-n * width // 16)), nn.ReLU()]
@@ -526,11 +484,17 @@ class CNN(nn.Sequential):
         super().__init__(*layers, nn.Linear(units, classes))
 
 
-CNN_SMALL = dict(convs=((16, 4, 2), (32, 4, 2)), linear=(100,))
-CNN_LARGE = dict(convs=((32, 3, 1), (32, 4, 2), (64, 3, 1), (64, 4, 2)), linear=(512, 512))
-NETWORKS = {"resnet18": ResNet18, "vgg16": VGG16, "wrn28_4": WRN28_4, "lenet": LeNet,
-            "cnn_small": lambda *network: CNN(*network, **CNN_SMALL),
-            "cnn_large": lambda *network: CNN(*network, **CNN_LARGE)}
+def lenet(width, channels, classes, size):
+    """The ADMM paper's LeNets: the padded one (MNIST) for one channel, the unpadded one (CIFAR) for more."""
+    convs, linear, padding = (((32, 5, 1), (64, 5, 1)), (1024,), 2) if channels == 1 else (
+        ((96, 5, 1), (256, 5, 1)), (1920, 1344), 0)
+    return CNN(width, channels, classes, size, convs, linear, padding, pool=2)
+
+
+NETWORKS = {"resnet18": ResNet18, "vgg16": VGG16, "wrn28_4": WRN28_4, "lenet": lenet,         # cnn_*: HYDRA's
+            "cnn_small": functools.partial(CNN, convs=((16, 4, 2), (32, 4, 2)), linear=(100,)),
+            "cnn_large": functools.partial(CNN, convs=((32, 3, 1), (32, 4, 2), (64, 3, 1), (64, 4, 2)),
+                                           linear=(512, 512))}
 
 
 def build_network(arch, width, channels, classes, size):
@@ -549,7 +513,7 @@ def network_of(args, data):
 
 def channel_groups(model):
     """Which channels stand or fall together, from the network's graph: [(writers, norms, readers)], names of
-    layers. The channels of a group are the sum of its writers' outputs, {layer: batch norm on it alone, or None};
+    layers. A group's channels are the sum of its writers' outputs, {layer: batch norm on it alone, or None};
     norms are the batch norms on the sum, readers the layers that take it in, a linear one perhaps as many
     features a channel. What the classifier writes is no group."""
     groups, group_of, modules = {}, {}, dict(model.named_modules())                  # group_of: {node: key}
@@ -570,10 +534,9 @@ def channel_groups(model):
             group_of[node] = read[0]
             for key in read[1:]:                                     # a sum: the groups become one
                 more = groups.pop(key)
-                writers |= more[0]
-                norms += more[1]
-                readers += more[2]
+                writers, norms, readers = writers | more[0], norms + more[1], readers + more[2]
                 group_of |= {n: read[0] for n in group_of if group_of[n] == key}
+            groups[read[0]] = writers, norms, readers
     return [group for group in groups.values() if group[2]]
 
 
@@ -638,8 +601,8 @@ def apply_masks_(model, masks):
 
 
 def remove_filters_(model, masks):
-    """Takes the channels that no layer writes, and what reads them, out of the network; its output stays. Returns
-    it and its masks, of what is still zero: a filter that is dead where another writes to the same channel."""
+    """Takes the channels that no layer writes, and what reads them, out of the network; its output stays.
+    Returns it, and masks of what is still zero: a filter that is dead where another writes to its channel."""
     groups = channel_groups(model)
     alive = [torch.stack([masks[f"{name}.weight"].flatten(1).any(1) for name in writers]).any(0)
              for writers, _, _ in groups]
@@ -675,7 +638,6 @@ def ramp(epoch, epochs):
 
 
 # ---------------------------------------------------------------- the attack
-
 def margin_loss(logits, y):
     """Carlini and Wagner's l_inf loss (N,): largest other logit minus the true one, > 0 if misclassified."""
     true = F.one_hot(y, logits.shape[1]).bool()
@@ -701,16 +663,6 @@ def frozen(model):
             buffer.copy_(before)
 
 
-def check_pixels(x):
-    """Fault unless all pixels are in [0, 1], which NaN is not. A GPU is not waited for: there a wrong pixel
-    ends the process."""
-    fits, message = ((x >= 0) & (x <= 1)).all(), "a pixel is not in [0, 1], which networks and attacks want"
-    if x.device.type == "cuda":
-        torch._assert_async(fits, message)
-    elif not fits:
-        raise Fault(message)
-
-
 def pgd(model, x, y, epsilon, step_size, num_steps, *, loss="ce", random_start=True, start=None, eot=1,
         generator=None, broken_at=None):
     """Projected gradient ascent, l_inf (Madry et al. 2018): x <- clip(x + step_size * sign(grad loss)).
@@ -721,9 +673,13 @@ def pgd(model, x, y, epsilon, step_size, num_steps, *, loss="ce", random_start=T
     gradients are averaged over that many passes, for random networks. Weights, .grad, modes and running
     statistics stay as they are; whether batch norm uses the latter is the caller's choice of model.eval().
     broken_at (N,) int, for evaluation: an image leaves the batch at its first misclassified iterate t, which
-    is written there. Raises Fault on pixels outside [0, 1] and on a gradient that is not finite; a training
-    step on a GPU does not wait for that: x_adv is then NaN, and so will be the loss."""
-    check_pixels(x)
+    is written there. Raises Fault on pixels outside [0, 1] and on a gradient that is not finite; in training
+    on a GPU, which does not wait for that, x_adv is NaN then, and so will be the loss."""
+    fits, message = ((x >= 0) & (x <= 1)).all(), "a pixel is not in [0, 1], as attacks and networks want it"
+    if x.device.type == "cuda":
+        torch._assert_async(fits, message)                       # ends the process, and nothing waits for it
+    elif not fits:
+        raise Fault(message)
     objective = LOSSES.get(loss, loss)
     lower, upper = (x - epsilon).clamp_(min=0), (x + epsilon).clamp_(max=1)
     if start is None:
@@ -758,7 +714,6 @@ def pgd(model, x, y, epsilon, step_size, num_steps, *, loss="ce", random_start=T
 
 
 # ---------------------------------------------------------------- evaluation and counting
-
 def interval(accuracy, n, z=1.959964):
     """Wilson's 95 % interval [low, high] of an accuracy over n images, all in per cent."""
     p, spread = accuracy / 100, z * z / n
@@ -807,8 +762,8 @@ def is_random(model, x):
 
 
 def checked(model, images):
-    """(images, labels as int64); Fault unless they are uint8 (N, C, H, W) and whole numbers (N,) from 0 to below
-    the network's number of classes."""
+    """(images, labels as int64); Fault unless they are uint8 (N, C, H, W) and whole numbers (N,) from 0 to
+    below the network's number of classes."""
     x, y = images
     whole_numbers = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
     if x.dtype != torch.uint8 or x.dim() != 4 or y.dtype not in whole_numbers or not 0 < len(x) == len(y):
@@ -866,10 +821,9 @@ def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=1, loss="
     """Clean and robust accuracy in per cent over images = (uint8 (N, C, H, W), labels (N,)), in float32.
 
     Robust is an image whose clean form and whose every iterate of every restart are classified correctly. A
-    random network instead gets gradients averaged over `eot` passes, and as verdict on an image in how many
-    of 10 passes it is right: the least of the clean form and of the last iterate of every restart. Returns a
-    dict: accuracies, 95 % intervals, images, attack, and what extra_metrics(model, robust) adds, robust (N,)
-    being the verdict on each image. Raises Fault on other images, labels or logits than it can judge."""
+    random network instead gets gradients averaged over `eot` passes, and the verdicts of noisy_verdicts().
+    Returns a dict: accuracies, 95 % intervals, images, attack, and what extra_metrics(model, robust) adds,
+    robust (N,) being the verdict on each image. Raises Fault where images, labels or logits cannot be used."""
     attack = dict(epsilon=epsilon, step_size=step_size, num_steps=num_steps, restarts=restarts, loss=loss,
                   random_start=random_start)
     with evaluating(model):
@@ -901,7 +855,8 @@ def sanity_flags(model, images, *, epsilon, step_size, num_steps, eot=10, seed=0
         """Robust accuracy after each of these numbers of steps, ascending."""
         attack = dict(epsilon=epsilon, step_size=step_size, **more)
         if random:
-            return [evaluate(model, images, num_steps=n, eot=eot, seed=seed, **attack)["robust_acc"] for n in steps]
+            found = [evaluate(model, images, num_steps=n, eot=eot, seed=seed, **attack) for n in steps]
+            return [one["robust_acc"] for one in found]
         first = first_broken_iterate(model, images, generator, num_steps=steps[-1], **attack)
         return [per_cent(first > n) for n in steps]
 
@@ -941,27 +896,20 @@ def count_macs(model, network):
     return counter.get_total_flops() // 2
 
 
-def seconds_of(function, device):
-    """How long function() takes, on the device too."""
-    wait = torch.cuda.synchronize if device != "cpu" else lambda _: None
-    wait(device)
-    begin = time.perf_counter()
-    function()
-    wait(device)
-    return time.perf_counter() - begin
-
-
 @torch.no_grad()
 def latency(models, network, batch_size, device):
     """Median milliseconds of each model's forward pass, float32, channels last, timed in turn in one loop."""
-    shape = batch_size, network["channels"], *network["size"]
-    x = to_float(torch.zeros(shape, dtype=torch.uint8, device=device))
-    times, begin = [[] for _ in models], time.perf_counter()
+    x = torch.zeros((batch_size, network["channels"], *network["size"]), dtype=torch.uint8, device=device)
+    x, times, wait = to_float(x), [], torch.cuda.synchronize if device != "cpu" else lambda: None
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
-        while len(times[0]) < 6 or time.perf_counter() - begin < 0.5:
-            for model, measured in zip(models, times):
-                measured.append(1000 * seconds_of(lambda: model(x), device))
-    return [round(statistics.median(t[1:]), 3) for t in times]   # the first one warms up
+        while len(times) < 6 or times[-1][-1] - times[1][0] < 0.5:
+            times.append([time.perf_counter()])
+            for model in models:
+                model(x)
+                wait()
+                times[-1].append(time.perf_counter())
+    spent = np.diff(times[1:], axis=1)                               # the first round warms up
+    return [round(1000 * float(t), 3) for t in np.median(spent, 0)]
 
 
 def peak_memory():
@@ -972,13 +920,9 @@ def peak_memory():
 
 
 # ---------------------------------------------------------------- files
-
-FORMAT = 2                                                       # of all files; 1 had other bit maps
-
-
 def save_file(path, content):
     """Writes a dict of plain values and tensors: afterwards the file is whole, or what it was before."""
-    path, temporary = Path(path), Path(f"{path}.{os.getpid()}.tmp")
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             torch.save(dict(format=FORMAT, **content), file)
@@ -986,27 +930,25 @@ def save_file(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as fault:
-        free = shutil.disk_usage(path.parent).free // 2**20
+        free = shutil.disk_usage(temporary.parent).free // 2**20
         raise Fault(f"{path} was not written ({first_line(fault)}); {free} MiB are free") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def read_file(path, **kinds):
-    """What save_file wrote; Fault unless the file is whole, free of code, and holds these keys of these
-    types."""
+    """What save_file wrote; Fault unless the file is whole, free of code, and holds these keys and types."""
     try:                                                         # torch.load checks no checksum; zipfile does
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        content = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
-        if content["format"] == FORMAT and all(isinstance(content[k], kind) for k, kind in kinds.items()):
-            return content
-        raise ValueError("of another format" if content["format"] != FORMAT else "of other content")
+            content = {} if archive.testzip() else torch.load(path, map_location="cpu", weights_only=True)
+        if content["format"] != FORMAT or not all(isinstance(content[k], kind) for k, kind in kinds.items()):
+            raise ValueError(f"format {content['format']}, wanted: {FORMAT}")
+        return content
     except FileNotFoundError:
         raise Fault(f"there is no file {path}") from None
-    except Exception as fault:
-        reason = fault if type(fault) is ValueError else type(fault).__name__
-        raise Fault(f"{path} is damaged or not a file of these scripts ({first_line(reason)})") from None
+    except Exception as fault:                                   # unpickling can raise anything
+        reason = first_line(fault) if type(fault) is ValueError else type(fault).__name__
+        raise Fault(f"{path} is damaged or not a file of these scripts ({reason})") from None
 
 
 def save_model(path, script, kind, network, model, args, state=None, **more):
@@ -1019,7 +961,7 @@ def save_model(path, script, kind, network, model, args, state=None, **more):
     floats = {name: t for name, t in state.items() if t.is_floating_point()}
     values = torch.cat([t.flatten() for t in floats.values()])
     bits = zlib.compress(np.packbits((values != 0).numpy()).tobytes(), 9)
-    settings = ("dataset", "epsilon", "step_size", "eval_steps", "restarts", "eot")
+    settings = "dataset", "epsilon", "step_size", "eval_steps", "restarts", "eot"
     save_file(path, dict(
         script=script, kind=kind, network=network, **more, values=values[values != 0],
         bits=torch.frombuffer(bytearray(bits), dtype=torch.uint8),
@@ -1028,25 +970,33 @@ def save_model(path, script, kind, network, model, args, state=None, **more):
         attack_settings={k: getattr(args, k) for k in settings if k in args}))
 
 
+@contextlib.contextmanager
+def fitting(path, what="the network it names"):
+    """Turns the errors of content that does not fit into a Fault."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError,
+            zlib.error) as fault:
+        raise Fault(f"{path} does not fit {what} ({first_line(fault)})") from None
+
+
 def read_artifact(path):
     """What save_model wrote, with the weights as artifact["state"]."""
     artifact = read_file(path, script=str, kind=str, network=dict, values=torch.Tensor, bits=torch.Tensor,
                          shapes=dict, counters=dict, attack_settings=dict)
-    values = artifact["values"]
-    try:
+    values, shapes = artifact["values"], artifact["shapes"]
+    with fitting(path):
         if not values.isfinite().all():
             raise ValueError("weights are not finite")
-        sizes = [math.prod(shape) for shape in artifact["shapes"].values()]
+        sizes = [math.prod(shape) for shape in shapes.values()]
         packed = zlib.decompressobj().decompress(artifact["bits"].numpy().tobytes(), sum(sizes) // 8 + 1)
         kept = torch.from_numpy(np.unpackbits(np.frombuffer(packed, np.uint8), count=sum(sizes)).astype(bool))
         if int(kept.sum()) != len(values):
             raise ValueError(f"{len(values)} values for {int(kept.sum())} places")
         tensors = torch.zeros(len(kept), dtype=values.dtype).masked_scatter_(kept, values).split(sizes)
-        state = {name: t.view(artifact["shapes"][name]) for name, t in zip(artifact["shapes"], tensors)}
+        state = {name: t.view(shapes[name]) for name, t in zip(shapes, tensors)}
         state |= {name: torch.tensor(count) for name, count in artifact["counters"].items()}
-        return artifact | dict(state=state)
-    except (TypeError, ValueError, AttributeError, RuntimeError, zlib.error) as fault:
-        raise Fault(f"{path} does not fit the network it names ({first_line(fault)})") from None
+    return artifact | dict(state=state)
 
 
 def read_model(path):
@@ -1057,15 +1007,13 @@ def read_model(path):
         raise Fault(f"{path} was made by a script named {script}, which is not beside common.py")
     sys.path.insert(0, str(folder))                       # common.py may be imported from elsewhere
     try:
-        model = importlib.import_module(script).build(artifact).eval()
-        with torch.no_grad():
+        with fitting(path), torch.no_grad():
+            model = importlib.import_module(script).build(artifact).eval()
             if model(torch.zeros(1, network["channels"], *network["size"])).shape != (1, network["classes"]):
                 raise ValueError("wrong number of classes")
-        return artifact, model
-    except (LookupError, ArithmeticError, TypeError, ValueError, AttributeError, RuntimeError) as fault:
-        raise Fault(f"{path} does not fit the network it names ({first_line(fault)})") from None
     finally:
         sys.path.remove(str(folder))
+    return artifact, model
 
 
 def load_model(path):
@@ -1080,19 +1028,18 @@ def load_pretrained(model, path, network):
     artifact = read_artifact(path)
     shapes = [{k: t.shape for k, t in state.items()} for state in (artifact["state"], model.state_dict())]
     if artifact["kind"] != "dense" or artifact["network"] != network or shapes[0] != shapes[1]:
-        raise UsageFault(f"argument --pretrained: {path} holds a {artifact['kind']} {artifact['network']}, not a "
+        raise UsageFault(f"argument --pretrained: {path} holds {artifact['kind']} {artifact['network']}, not "
                          f"dense {network}")
     model.load_state_dict(artifact["state"])
 
 
 # ---------------------------------------------------------------- the run
-
 class Run:
     """One run's output folder: its log, its checkpoint and its result. phases: {name: epochs}, in order.
 
-    Besides compute_once(), epochs() is all that a script needs to be resumable: it yields the epochs still to do
-    and saves after each. last.pt holds phase, epoch, the state of the objects named there, random states, and
-    what compute_once() found."""
+    Besides compute_once(), epochs() is all that a script needs to be resumable: it yields the epochs still to
+    do and saves after each. last.pt holds phase, epoch, the state of the objects named there, random states,
+    and what compute_once() found."""
     active = None                                                # the run that this process is in
     where = ""                                                   # for messages: "pretrain 3/15: "
 
@@ -1111,7 +1058,10 @@ class Run:
         self.flags = {k: v for k, v in vars(args).items() if k not in elsewhere}
         self.result, self.saved, self.computed, self.seconds, self.phase = None, None, {}, {}, None
         if (self.folder / "result.json").is_file():
-            self.result = self.read_result()
+            with fitting(self.folder / "result.json", "a run; without it --resume evaluates again"):
+                self.result = json.loads((self.folder / "result.json").read_text())
+                flags, script = dict(self.result["args"]), self.result["script"]
+            self.check_same(flags, script, "finished; --resume prints its result")
             print(json.dumps(self.result, indent=1))
             return
         changed = self.read_checkpoint()
@@ -1123,8 +1073,7 @@ class Run:
             if changed:
                 self.log(note="continued with other flags of the evaluation", **changed)
         else:
-            if args.resume:
-                print(f"nothing to continue in {self.folder}, so this begins")
+            print(f"nothing to continue in {self.folder}, so this begins\n" * args.resume, end="")
             self.log(script=self.script, **vars(args))
 
     def check_same(self, flags, script, state):
@@ -1136,26 +1085,12 @@ class Run:
         if not self.args.resume:
             raise UsageFault(f"argument --output: {self.folder} holds this run, {state}")
 
-    def read_result(self):
-        """The result of this run, which is finished."""
-        path = self.folder / "result.json"
-        try:
-            result = json.loads(path.read_text())
-            flags, script = dict(result["args"]), result["script"]
-        except (ValueError, KeyError, TypeError):
-            raise Fault(f"{path} is damaged; without it --resume evaluates the network again") from None
-        self.check_same(flags, script, "finished; --resume prints its result")
-        return result
-
     def read_checkpoint(self):
         """Reads last.pt, where there is one, and returns the flags of the evaluation that are new."""
-        path = self.folder / "last.pt"
+        path, log = self.folder / "last.pt", self.folder / "log.jsonl"
         if not path.is_file():
-            log = self.folder / "log.jsonl"
-            kept = [name for name in ("dense.pt", "model.pt", "ticket.pt") if (self.folder / name).exists()]
-            if kept or log.is_file() and log.read_bytes().count(b"\n") > 1:
-                raise UsageFault(f"argument --output: {self.folder} holds {(kept or [log.name])[0]} of a run, but "
-                                 "no last.pt to continue from")
+            if [*self.folder.glob("*.pt")] or log.is_file() and log.read_bytes().count(b"\n") > 1:
+                raise UsageFault(f"argument --output: {self.folder} holds a run, but no last.pt to continue")
             return {}
         saved = read_file(path, script=str, args=dict, phase=str, epoch=int, states=dict, computed=dict,
                           seconds=dict, random=dict, log_size=int)
@@ -1209,13 +1144,11 @@ class Run:
             return
         self.phase = phase
         if self.saved:
-            try:
+            with fitting(self.folder / "last.pt", "this run"):
                 for name, thing in stateful.items():
                     thing.load_state_dict(self.saved["states"][name])
                 self.generator.set_state(self.saved["random"]["batches"])
                 torch.set_rng_state(self.saved["random"]["cpu"])
-            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as fault:
-                raise Fault(f"{self.folder}/last.pt does not fit this run ({first_line(fault)})") from None
             if self.args.device != "cpu":
                 torch.cuda.set_rng_state(self.saved["random"]["cuda"], self.args.device)
             first, self.saved = self.saved["epoch"], None
@@ -1229,7 +1162,7 @@ class Run:
         self.phase, self.where = None, ""
 
     def save(self, epoch, stateful):
-        cuda = torch.cuda.get_rng_state(self.args.device) if self.args.device != "cpu" else None
+        cuda = None if self.args.device == "cpu" else torch.cuda.get_rng_state(self.args.device)
         save_file(self.folder / "last.pt", dict(
             script=self.script, args=self.flags, phase=self.phase, epoch=epoch, computed=self.computed,
             states={name: thing.state_dict() for name, thing in stateful.items()}, seconds=self.seconds,
@@ -1244,8 +1177,7 @@ class Run:
         return progress(self.data.batches(size, self.generator), self.where[:-2], steps, later * steps)
 
     def finish(self, extra_metrics=None, **more):
-        """Reads dense.pt and model.pt back from disk, evaluates both, writes and returns result.json;
-        extra_metrics is evaluate's."""
+        """Reads dense.pt and model.pt back from disk, evaluates both, writes and returns result.json."""
         self.phase, self.begin, args, device = "final", time.time(), self.args, self.args.device
         attack = dict(epsilon=args.epsilon, step_size=args.step_size, num_steps=args.eval_steps,
                       seed=args.seed, eot=getattr(args, "eot", None) or 10)
@@ -1258,6 +1190,7 @@ class Run:
         size, macs = [file.stat().st_size for file in files], [count_macs(m, network) for m in models]
         count = [sum(p.numel() for p in m.parameters()) for m in models]
         seconds = self.seconds | {"final": time.time() - self.begin}
+        milliseconds = {f"batch_{b}": latency(models, network, b, device) for b in (1, 128)}
         self.result = dict(
             script=self.script, command=self.command, args=self.flags,
             versions=dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__),
@@ -1268,17 +1201,15 @@ class Run:
             nonzeros=sum(int(p.count_nonzero()) for p in compact.parameters()),
             bytes_ratio=round(size[0] / size[1], 3), bytes=size[1], dense_bytes=size[0],
             macs_ratio=round(macs[0] / macs[1], 3), macs=macs[1], dense_macs=macs[0],
-            latency_ms={f"batch_{b}": dict(zip(("dense", "compact"), latency(models, network, b, device)))
-                        for b in (1, 128)},
-            memory_bytes=peak_memory(),
-            gpu_memory_bytes=None if device == "cpu" else torch.cuda.max_memory_allocated(device), **more)
+            latency_ms={b: dict(zip(("dense", "compact"), pair)) for b, pair in milliseconds.items()},
+            memory_bytes=peak_memory(), **more,
+            gpu_memory_bytes=None if device == "cpu" else torch.cuda.max_memory_allocated(device))
         shown = ("clean_acc", "robust_acc", "verified_acc", "images", "params_ratio", "bytes_ratio", "bytes",
                  "dense_bytes", "macs_ratio")
         self.log(**{k: self.result[k] for k in shown if k in self.result},
                  dense_clean_acc=found[0]["clean_acc"], dense_robust_acc=found[0]["robust_acc"],
                  flags="; ".join(flags) or "none")
-        temporary = self.folder / "result.json.tmp"
-        temporary.write_text(json.dumps(self.result, indent=1) + "\n")
-        os.replace(temporary, self.folder / "result.json")
+        (self.folder / "result.json.tmp").write_text(json.dumps(self.result, indent=1) + "\n")
+        os.replace(self.folder / "result.json.tmp", self.folder / "result.json")
         Run.active = None
         return self.result

@@ -33,12 +33,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import (Fault, Run, UsageFault, autocast, build_network, cli, load_data, load_pretrained,
-                    network_of, number, pgd, prepare, ramp, rate, recipes, resolve, save_model, script_parser,
+                    network_of, number, pgd, prepare, ramp, rate, resolve, save_model, script_parser,
                     sgd, whole)
 
 
 def get_args(argv=None):
-    parser = script_parser(__doc__, __file__, recipes("admm_epochs"))
+    parser = script_parser(__doc__, __file__, "admm_epochs")
     paper = parser.add_argument_group("CSTAR")
     paper.add_argument("--ratio", type=number(1, 10000), default=16.0, help="all parameters, dense / compact")
     paper.add_argument("--rank-rule", choices=("hull", "uniform"), default="hull", help="[D] or one fraction")
@@ -298,8 +298,8 @@ def reestimate_batchnorm_(model, batches, most=200):
 
 def train_epoch(model, batches, optimizer, schedule, args, penalty=None, strength=1.0):
     """One epoch of adversarial training [A]; with a penalty, of ADMM's W-step [E]. The attack's radius and
-    step are multiplied by `strength`. Returns what is logged: mean cross-entropy without the penalty, per cent
-    right on the adversarial images of training."""
+    step are multiplied by `strength`. Returns what is logged: mean cross-entropy without the penalty, per
+    cent right on the adversarial images of training."""
     total = right = n = 0
     for x, y in batches:
         with autocast(args):

@@ -21,9 +21,9 @@ Sources. The text of neither paper was available: the procedure is from their ab
 [J] from HYDRA's code, where [F] is Zhang et al. 2019 (TRADES), [H] and [I] Zhang et al. 2020, [J] Carmon et
 al. 2019, whose certificate (Cohen et al. 2019) is in tools/evaluate.py. The first paper's verifiable
 objective is not known; MixTrain, HYDRA's other one, is left out. The box is clamped to [0, 1], not to the
-batch as in HYDRA's code. Ours: the schedules, that LWM fine-tunes for the epochs that HYDRA spends on [D], and
---scheme filter: one score a filter, first its norm; m is on what it gives after its own batch norm, and 0.001
-for 0 in [D]: ReLU passes no gradient at 0, so that a pruned filter could never return.
+batch as in HYDRA's code. Ours: the schedules, that LWM fine-tunes for the epochs that HYDRA spends on [D],
+and --scheme filter: one score a filter, first its norm; m is on what it gives after its own batch norm, and
+0.001 for 0 in [D]: ReLU passes no gradient at 0, so that a pruned filter could never return.
 
   python hydra_prune.py --dataset digits               two minutes on two CPU cores, no network
   python hydra_prune.py --arch vgg16 --ratio 10        CIFAR-10, for a GPU; the first paper: --scores lwm
@@ -44,7 +44,7 @@ from torch.nn.grad import conv2d_input
 
 from common import (Fault, Run, apply_masks_, autocast, build_network, channel_groups, cli, evaluating,
                     interval, load_data, load_pretrained, network_of, number, one_cycle, parameter_masks,
-                    per_cent, pgd, prepare, ramp, rate, recipes, remove_filters_, resize_, resolve,
+                    per_cent, pgd, prepare, ramp, rate, remove_filters_, resize_, resolve,
                     save_model, script_parser, sgd, to_float, topk_mask, whole)
 
 OBJECTIVES = ("natural", "pgd", "trades", "crown-ibp", "smooth")
@@ -55,7 +55,7 @@ VERIFIABLE_RADIUS = {"digits": 0.02, "mnist": 0.1, "cifar10": 2 / 255, "cifar100
 
 
 def get_args(argv=None):
-    parser = script_parser(__doc__, __file__, recipes("prune_epochs"))
+    parser = script_parser(__doc__, __file__, "prune_epochs")
     paper = parser.add_argument_group("robust pruning")
     paper.add_argument("--scores", choices=("lwm", "hydra"), default="hydra", help="lowest magnitude or [D]")
     paper.add_argument("--objective", choices=OBJECTIVES, default="pgd", help="of all phases")

@@ -8,6 +8,7 @@ import copy
 import json
 import statistics
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ import binary_relax
 import cstar
 import hydra_prune
 from common import (NETWORKS, Data, Parser, UsageFault, build_network, check_device, cli, count_macs, latency,
-                    peak_memory, prepare, progress, seconds_of, sgd, to_float, whole)
+                    peak_memory, prepare, progress, sgd, to_float, whole)
 
 
 def get_args(argv=None):
@@ -35,6 +36,16 @@ def get_args(argv=None):
     parser.add_argument("--compile", action="store_true", help="time the compiled step too")
     parser.add_argument("--device", default="auto")
     return parser.parse_args(argv)
+
+
+def seconds_of(function, device):
+    """How long function() takes, on the device too."""
+    wait = torch.cuda.synchronize if device != "cpu" else lambda _: None
+    wait(device)
+    begin = time.perf_counter()
+    function()
+    wait(device)
+    return time.perf_counter() - begin
 
 
 def naive_step(model, optimizer, x, y, epsilon, step_size, num_steps):
