@@ -614,6 +614,10 @@ def prepare(model, args):
     """The network on its device, in the fast memory layout, compiled where --compile says so."""
     model.to(args.device, memory_format=torch.channels_last)
     torch.backends.cudnn.benchmark = True
+    for m in model.modules():        # oneDNN 3.12 on AVX2 writes past a buffer in the backward pass of such a layer
+        if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) != m.stride and m.in_channels < 8:
+            m.weight.data = m.weight.data.clone(memory_format=torch.contiguous_format)
+            m.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     if args.compile:
         model.compile()
     return model
@@ -823,7 +827,7 @@ def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=1, loss="
     Robust is an image whose clean form and whose every iterate of every restart are classified correctly. A
     random network instead gets gradients averaged over `eot` passes, and the verdicts of noisy_verdicts().
     Returns a dict: accuracies, 95 % intervals, images, attack, and what extra_metrics(model, robust) adds,
-    robust (N,) being the verdict on each image. Raises Fault where images, labels or logits cannot be used."""
+    robust (N,) being the verdict on each image. Raises Fault where images, labels or logits are not fit."""
     attack = dict(epsilon=epsilon, step_size=step_size, num_steps=num_steps, restarts=restarts, loss=loss,
                   random_start=random_start)
     with evaluating(model):
@@ -1065,6 +1069,8 @@ class Run:
             print(json.dumps(self.result, indent=1))
             return
         changed = self.read_checkpoint()
+        if Run.active:                                           # stopped by a fault, in this process
+            Run.active.file.close()
         self.open_log()
         self.generator = torch.Generator(args.device).manual_seed(args.seed)
         Run.active = self
