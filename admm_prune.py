@@ -13,14 +13,18 @@ and let ADMM pull the weights towards sparse ones, so that the final cut costs l
   [E]  Z <- project(W + U)                                                                         Eq. (10)
   [F]  U <- U + W - Z                                                    Algorithm 1, in its scaled form
   [G]  W <- project(W), the pruned stay zero; then trained on like [A], with a fresh optimizer
+  [H]  of filters, W_l is the weight, its bias and the batch norm's scale and shift: all that the cut zeroes;
+       which filters stay depends on the weights alone
 A column is one of the matrix (filters, C k k): a position (c, y, x) in all filters. The paper's theta is W.
 
 Sources. The problem, [A] to [E] and pruning every layer alike are the paper's. Its classifier stays
 whole in the authors' code, from which [G] comes too. The paper prints [F] as U + rho (W - Z), which does not
-agree with its (8) and (10); this is the form that does, and the one of the code. Ours: the rule for rho, all
-schedules, that bias and batch norm of a dead filter die with it and that it leaves the network, and
---group-residual. In the authors' code U keeps a graph, so that after m updates the penalty pulls 1 + m times
-as hard as [D]: a rho of the paper is weaker here.
+agree with its (8) and (10); this is the form that does, and the one of the code. Ours: [H], the rule for rho,
+all schedules, that dead filters leave the network, and --group-residual. Why [H]: batch norm undoes it when
+all weights of a filter shrink together, so that pulling these alone prepares no cut. The authors' code pulls
+and cuts them alone, and the shift of the batch norm lives on: its pruned filters still give constants. There
+U keeps a graph too, so that after m updates the penalty pulls 1 + m times as hard as [D]: a rho of the paper
+is weaker here.
 
   python admm_prune.py --dataset digits                two minutes on two CPU cores, no network
   python admm_prune.py --arch resnet18 --target-width 4                 CIFAR-10, 16 -> 4, for a GPU
@@ -144,25 +148,27 @@ def project(w, mask):
 
 
 class ADMM:
-    """The penalty of [D] and the updates [E] and [F]; z, u, masks are {name: tensor like that weight}.
+    """The penalty of [D] and the updates [E] and [F]; z, u, masks are {parameter: tensor like it}, for the
+    parameters [H] of which choose(parameters) gives masks.
 
-    choose(weights) gives the masks. After each update rho grows by the factor `growth` up to rho_max, and u,
-    which is the multiplier over rho, shrinks as much."""
-    def __init__(self, layers, choose, rho, growth=1.0, rho_max=10.0):
-        self.weights = {name: layer.weight for name, layer in layers.items()}
+    After each update rho grows by the factor `growth` up to rho_max, and u, which is the multiplier over rho,
+    shrinks as much."""
+    def __init__(self, model, choose, rho, growth=1.0, rho_max=10.0):
         self.choose, self.rho, self.growth, self.rho_max, self.residuals = choose, rho, growth, rho_max, []
-        self.masks = choose(self.weights)
+        parameters = dict(model.named_parameters())
+        self.masks = choose(parameters)
+        self.weights = {name: parameters[name] for name in self.masks}
         self.z = {name: project(w, self.masks[name]) for name, w in self.weights.items()}
         self.u = {name: torch.zeros_like(z) for name, z in self.z.items()}
 
     def penalty(self):
-        """[D] rho/2 sum ||W - Z + U||^2 over the layers, in float32."""
+        """[D] rho/2 sum ||W - Z + U||^2, in float32."""
         return self.rho / 2 * sum((w - self.z[n] + self.u[n]).square().sum() for n, w in self.weights.items())
 
     @torch.no_grad()
     def update(self):
-        """[E], [F], rho; returns the relative residual ||W - Z|| / ||W|| of all layers together, and how many
-        entries of the masks changed, in per cent."""
+        """[E], [F], rho; returns the relative residual ||W - Z|| / ||W|| of all parameters together, and how
+        many entries of the masks changed, in per cent."""
         moved = {name: w + self.u[name] for name, w in self.weights.items()}
         before, self.masks = self.masks, self.choose(moved)
         factor = max(1.0, min(self.growth, self.rho_max / self.rho))
@@ -252,8 +258,10 @@ def main(argv=None):
     layers = prunable(model)
     tied = [list(writers) for writers, _, _ in channel_groups(model)] if args.group_residual else ()
 
-    def choose(weights):
-        return choose_masks(weights, args.scheme, ratio, tied)       # [B]
+    def choose(parameters):
+        """{parameter: boolean like it, True where it stays} for values of all parameters."""
+        masks = choose_masks({name: parameters[f"{name}.weight"] for name in layers}, args.scheme, ratio, tied)
+        return parameter_masks(model, masks, filters=args.scheme == "filter")        # [B], [H]
 
     # Phase 1: a dense robust network.
     optimizer, schedule = sgd(model, args.lr, phases["pretrain"], data, args)
@@ -273,7 +281,7 @@ def main(argv=None):
     # (1 - momentum) / (lr rho) steps; at the peak rate three of them fit the interval of updates.
     steps = args.admm_interval * data.steps(args.batch_size)
     rho = args.rho or 3 * (1 - args.momentum) / (args.admm_lr * steps)
-    admm = ADMM(layers, choose, rho, args.rho_growth, args.rho_max)
+    admm = ADMM(model, choose, rho, args.rho_growth, args.rho_max)
     optimizer, schedule = sgd(model, args.admm_lr, phases["admm"], data, args)
     for epoch in run.epochs("admm", model=model, optimizer=optimizer, schedule=schedule, admm=admm):
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, admm.penalty)
@@ -288,8 +296,7 @@ def main(argv=None):
     def choose_and_save_ticket():
         if ticket:
             return ticket["masks"]
-        masks = parameter_masks(model, choose(admm.weights), filters=args.scheme == "filter")
-        masks = {name: mask.cpu() for name, mask in masks.items()}
+        masks = {name: mask.cpu() for name, mask in choose(admm.weights).items()}
         if initial and args.mode == "admm":
             first = build_network(**network)
             first.load_state_dict(initial)

@@ -59,7 +59,7 @@ def get_args(argv=None):
         return dict(arch="enresnet", width=max(8, recipe["width"]), compress_epochs=round(0.6 * epochs),
                     finetune_epochs=epochs - round(0.6 * epochs))
     parser = script_parser(__doc__, __file__, "relax_epochs", ["enresnet"], adapt)
-    parser.set_defaults(eval_steps=None, restarts=None)              # with noise fewer: see below
+    parser.set_defaults(eval_steps=None)                             # with noise fewer: see below
     paper = parser.add_argument_group("Binary-Relax, EnResNet and the trade-off loss")
     paper.add_argument("--eot", type=whole(1, 1000), help="passes a gradient, with noise (default: 10)")
     paper.add_argument("--bits", type=int, choices=(1, 2, 4, 32), default=2, help="a weight; 32 is float")
@@ -93,7 +93,6 @@ def get_args(argv=None):
     if args.eot and not args.noise:
         parser.error("argument --eot: is for networks with --noise")
     args.eval_steps = args.eval_steps or (20 if args.noise else 50)
-    args.restarts = args.restarts or (1 if args.noise else 5)
     args.eot = args.eot or (10 if args.noise else None)
     return args
 
@@ -368,10 +367,11 @@ def main(argv=None):
     def extra_metrics(model, robust):
         """The authors' FGSM and I-FGSM (20 steps of 1/255 at 8/255), one pass a gradient; for C&W in l2, its
         loss in l_inf."""
-        attack, step = dict(epsilon=args.epsilon, random_start=False, seed=args.seed), args.epsilon / 8
+        attack = dict(epsilon=args.epsilon, random_start=False, restarts=1, seed=args.seed)
+        step, eot = args.epsilon / 8, args.eot or 1
         attacks = dict(fgsm=dict(step_size=args.epsilon, num_steps=1, eot=1),
                        ifgsm=dict(step_size=step, num_steps=20, eot=1),
-                       margin=dict(step_size=step, num_steps=20, eot=args.eot or 1, loss="margin"))
+                       margin=dict(step_size=step, num_steps=20, eot=eot, losses=["margin"]))
         results = {name: evaluate(model, data.test, **attack, **more) for name, more in attacks.items()}
         return {f"{name}_acc": r["robust_acc"] for name, r in results.items()} | {
             "attacks": {name: r["attack"] for name, r in results.items()}}

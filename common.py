@@ -8,10 +8,10 @@ import contextlib
 import functools
 import importlib
 import io
+import itertools
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -44,6 +44,7 @@ RECIPES = {
 AUGMENTATION = {"digits": dict(), "mnist": dict(), "svhn": dict(crop=4)}      # others: crop=4, flip=True
 FORMAT = 2                                                       # of all files; 1 had other bit maps
 CLEAR = "\r\033[K"                                               # takes progress() off the terminal's line
+OUT_OF_MEMORY = "out of memory", "can't allocate"                # what torch says on a GPU and on a CPU
 
 
 # ---------------------------------------------------------------- faults and flags
@@ -133,7 +134,8 @@ def script_parser(doc, script, phase, networks=(), adapt=lambda recipe: {}):
     attack.add_argument("--num-steps", type=whole(0, 10000), help="PGD steps in training")
     attack.add_argument("--ramp-epochs", type=whole(0, 10000), help="first epochs, in which the radius grows")
     attack.add_argument("--eval-steps", type=whole(1, 10000), default=50, help="PGD steps in evaluation")
-    attack.add_argument("--restarts", type=whole(1, 1000), default=5, help="random starts in evaluation")
+    attack.add_argument("--restarts", type=whole(1, 1000), default=2,
+                        help="random starts in evaluation, of cross-entropy and margin loss in turn")
     return parser
 
 
@@ -143,9 +145,9 @@ def resolve(parser, args, longest_ramp=lambda args: args.pretrain_epochs, **defa
     if args.dataset not in RECIPES and args.epsilon is None:
         parser.error(f"argument --dataset: a folder of your own, {args.dataset}, needs --epsilon; known are "
                      + ", ".join(RECIPES))
-    if args.pretrained and args.pretrain_epochs:
-        parser.error("argument --pretrain-epochs: not with --pretrained, which skips that phase")
     if args.pretrained:
+        if args.pretrain_epochs:
+            parser.error("argument --pretrain-epochs: not with --pretrained, which skips that phase")
         args.pretrain_epochs = 0
     recipe = parser.recipes.get(args.dataset) or parser.recipes["cifar10"] | dict(step_size=args.epsilon / 4)
     ramp_given = args.ramp_epochs or 0
@@ -216,7 +218,7 @@ def cli(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except (MemoryError, RuntimeError) as fault:
-        if isinstance(fault, RuntimeError) and not re.search("out of memory|can't allocate", str(fault)):
+        if not isinstance(fault, MemoryError) and not any(s in str(fault) for s in OUT_OF_MEMORY):
             raise
         status, message = 1, "out of memory; a smaller --batch-size or --width needs less"
     except OSError as fault:
@@ -614,7 +616,7 @@ def prepare(model, args):
     """The network on its device, in the fast memory layout, compiled where --compile says so."""
     model.to(args.device, memory_format=torch.channels_last)
     torch.backends.cudnn.benchmark = True
-    for m in model.modules():        # oneDNN 3.12 on AVX2 writes past a buffer in the backward pass of such a layer
+    for m in model.modules():    # on such a layer oneDNN 3.12 writes past a buffer in the backward pass (AVX2)
         if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) != m.stride and m.in_channels < 8:
             m.weight.data = m.weight.data.clone(memory_format=torch.contiguous_format)
             m.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
@@ -673,12 +675,12 @@ def pgd(model, x, y, epsilon, step_size, num_steps, *, loss="ce", random_start=T
 
     x (N, C, H, W) in [0, 1], y (N,); epsilon, step_size in units of the pixel range. Returns x_adv, like x,
     within epsilon of x and within [0, 1]. FGSM is num_steps=1, step_size=epsilon, random_start=False.
-    loss: 'ce', 'margin' or f(logits, y) -> (N,). start: the first iterate, instead of a random one. eot:
-    gradients are averaged over that many passes, for random networks. Weights, .grad, modes and running
-    statistics stay as they are; whether batch norm uses the latter is the caller's choice of model.eval().
-    broken_at (N,) int, for evaluation: an image leaves the batch at its first misclassified iterate t, which
-    is written there. Raises Fault on pixels outside [0, 1] and on a gradient that is not finite; in training
-    on a GPU, which does not wait for that, x_adv is NaN then, and so will be the loss."""
+    loss: 'ce', 'margin' or f(logits, y) -> (N,). start: the first iterate, instead of a random one. eot: so
+    many passes are averaged, for random networks. Weights, .grad, modes and running statistics stay as they
+    are; whether batch norm uses the latter is the caller's choice of model.eval(). broken_at (N,) int, for
+    evaluation: an image leaves the batch at its first misclassified iterate t, which is written there. Fault
+    on pixels outside [0, 1] and gradients that are not finite; in training on a GPU, which does not wait for
+    that, x_adv becomes NaN, and so will the loss."""
     fits, message = ((x >= 0) & (x <= 1)).all(), "a pixel is not in [0, 1], as attacks and networks want it"
     if x.device.type == "cuda":
         torch._assert_async(fits, message)                       # ends the process, and nothing waits for it
@@ -760,8 +762,8 @@ def fraction_correct(model, x, y, draws):
 
 
 def is_random(model, x):
-    """Whether two forward passes over x differ."""
-    a, b = logits_of(model, x), logits_of(model, x)
+    """Whether two forward passes over the first images of x, uint8, differ."""
+    a, b = (logits_of(model, to_float(x[:64])) for _ in range(2))
     return bool((a - b).abs().max() > 1e-4 * a.abs().max())
 
 
@@ -787,13 +789,13 @@ def batched(images, labels, *more, label="evaluation"):
         yield to_float(x), *rest
 
 
-def first_broken_iterate(model, images, generator, *, epsilon, step_size, num_steps, restarts=1, loss="ce",
-                         random_start=True):
+def first_broken_iterate(model, images, generator, *, epsilon, step_size, num_steps, restarts=1,
+                         losses=("ce",), random_start=True):
     """(N,) int, the first misclassified iterate over all restarts: -1 is the clean image, num_steps the last
     iterate, num_steps + 1 none. A restart begins with all images that are right when clean, so what happens
     at iterate t of restart r depends on nothing later: more steps or restarts can only break more images."""
     out = torch.full_like(images[1], num_steps + 1)
-    for r in range(restarts):
+    for r, loss in zip(range(restarts), itertools.cycle(losses)):
         for x, y, first in batched(*images, out, label=f"attack {r + 1}/{restarts}"):
             noise = 2 * torch.rand(x.shape, generator=generator, device=x.device) - 1   # drawn for all images
             right = logits_of(model, x).argmax(1) == y
@@ -807,36 +809,36 @@ def first_broken_iterate(model, images, generator, *, epsilon, step_size, num_st
     return out
 
 
-def noisy_verdicts(model, images, generator, *, restarts, **attack):
+def noisy_verdicts(model, images, generator, *, restarts, losses, **attack):
     """Of a random network (clean, robust), both (N,) float: in how many of 10 passes each image is classified
     correctly, clean, and at the least of that and the last iterates of all restarts."""
     clean = torch.cat([fraction_correct(model, x, y, 10) for x, y in batched(*images, label="clean images")])
     hope, robust = clean > 0, clean.clone()                          # the others are not attacked
-    for r in range(restarts):
-        attacked = ((pgd(model, x, y, generator=generator, **attack), y)
+    for r, loss in zip(range(restarts), itertools.cycle(losses)):
+        attacked = ((pgd(model, x, y, loss=loss, generator=generator, **attack), y)
                     for x, y in batched(*(t[hope] for t in images), label=f"attack {r + 1}/{restarts}"))
         found = [fraction_correct(model, x_adv, y, 10) for x_adv, y in attacked if len(y)]
         robust[hope] = torch.minimum(robust[hope], torch.cat([clean[:0], *found]))
     return clean, robust
 
 
-def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=1, loss="ce", random_start=True,
-             eot=10, seed=0, extra_metrics=None):
+def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=2, losses=("ce", "margin"),
+             random_start=True, eot=10, seed=0, extra_metrics=None):
     """Clean and robust accuracy in per cent over images = (uint8 (N, C, H, W), labels (N,)), in float32.
 
-    Robust is an image whose clean form and whose every iterate of every restart are classified correctly. A
-    random network instead gets gradients averaged over `eot` passes, and the verdicts of noisy_verdicts().
+    Robust is an image whose clean form and whose every iterate of every restart are classified correctly; the
+    restarts take the losses in turn: cross-entropy and margin together break what either leaves. A random
+    network instead gets gradients averaged over `eot` passes, and the verdicts of noisy_verdicts().
     Returns a dict: accuracies, 95 % intervals, images, attack, and what extra_metrics(model, robust) adds,
     robust (N,) being the verdict on each image. Raises Fault where images, labels or logits are not fit."""
-    attack = dict(epsilon=epsilon, step_size=step_size, num_steps=num_steps, restarts=restarts, loss=loss,
-                  random_start=random_start)
-    with evaluating(model):
-        images = checked(model, images)
+    attack = dict(epsilon=epsilon, step_size=step_size, num_steps=num_steps, restarts=restarts,
+                  losses=list(losses)[:restarts], random_start=random_start)
     with evaluating(model, seed=seed) as generator:
-        if is_random(model, to_float(images[0][:64])):
-            attack |= dict(eot=eot)
+        images = checked(model, images)
+        if is_random(model, images[0]):
+            attack["eot"] = eot
             clean, robust = noisy_verdicts(model, images, generator, **attack)
-            attack |= dict(draws=10)
+            attack["draws"] = 10
         else:
             first = first_broken_iterate(model, images, generator, **attack)
             clean, robust = first >= 0, first > num_steps
@@ -850,21 +852,20 @@ def sanity_flags(model, images, *, epsilon, step_size, num_steps, eot=10, seed=0
     """Signs that a robust accuracy cannot be trusted (after Carlini et al. 2019, Athalye et al. 2018), as
     sentences, of the first 250 images, 100 of them if the network is random, which is attacked as in
     evaluate(); an honest network raises none but that."""
-    with evaluating(model, seed=seed):
-        random = is_random(model, to_float(images[0][:64]))
-        images = checked(model, [t[:100 if random else 250] for t in images])
-    x, y, slack = to_float(images[0]), images[1], max(2, 300 / len(images[1]))           # 2 % or 3 images
-
     def robust(epsilon, step_size, *steps, **more):
         """Robust accuracy after each of these numbers of steps, ascending."""
         attack = dict(epsilon=epsilon, step_size=step_size, **more)
         if random:
-            found = [evaluate(model, images, num_steps=n, eot=eot, seed=seed, **attack) for n in steps]
+            attack |= dict(restarts=1, eot=eot, seed=seed)
+            found = [evaluate(model, images, num_steps=n, **attack) for n in steps]
             return [one["robust_acc"] for one in found]
         first = first_broken_iterate(model, images, generator, num_steps=steps[-1], **attack)
         return [per_cent(first > n) for n in steps]
 
     with evaluating(model, seed=seed) as generator:
+        images, random = checked(model, images), is_random(model, images[0])
+        images = x, y = [t[:100 if random else 250] for t in images]
+        x, slack = to_float(x), max(2, 300 / len(y))                 # 2 % or 3 images
         logits = logits_of(model, x)
         alone = torch.cat([logits_of(model, image[None]) for image in x[:32]])
         with frozen(model), torch.enable_grad():
@@ -956,11 +957,9 @@ def read_file(path, **kinds):
 
 
 def save_model(path, script, kind, network, model, args, state=None, **more):
-    """Writes a network as a file that load_model reads on any machine; script.build(artifact) makes it again,
-    from `state` where the model's own is not what is to be stored. kind is dense, compact or ticket.
-
-    All values that are not zero stand in one tensor (a record of its own for each would be a sixth of a small
-    file); a bit map, compressed by zlib, tells where."""
+    """Writes a network (its `state`, by default the model's) as a file that load_model reads on any machine;
+    script.build(artifact) makes it again. kind is dense, compact or ticket. All values that are not zero stand
+    in one tensor, because records of their own take space; a bit map, compressed by zlib, tells where."""
     state = {name: t.detach().cpu() for name, t in (state or model.state_dict()).items()}
     floats = {name: t for name, t in state.items() if t.is_floating_point()}
     values = torch.cat([t.flatten() for t in floats.values()])
@@ -1009,14 +1008,12 @@ def read_model(path):
     script, network = artifact["script"], artifact["network"]
     if not script.isidentifier() or not (folder / f"{script}.py").is_file():
         raise Fault(f"{path} was made by a script named {script}, which is not beside common.py")
-    sys.path.insert(0, str(folder))                       # common.py may be imported from elsewhere
-    try:
-        with fitting(path), torch.no_grad():
-            model = importlib.import_module(script).build(artifact).eval()
-            if model(torch.zeros(1, network["channels"], *network["size"])).shape != (1, network["classes"]):
-                raise ValueError("wrong number of classes")
-    finally:
-        sys.path.remove(str(folder))
+    if str(folder) not in sys.path:                              # common.py may be imported from elsewhere
+        sys.path.append(str(folder))
+    with fitting(path), torch.no_grad():
+        model = importlib.import_module(script).build(artifact).eval()
+        if model(torch.zeros(1, network["channels"], *network["size"])).shape != (1, network["classes"]):
+            raise ValueError("wrong number of classes")
     return artifact, model
 
 
@@ -1041,9 +1038,9 @@ def load_pretrained(model, path, network):
 class Run:
     """One run's output folder: its log, its checkpoint and its result. phases: {name: epochs}, in order.
 
-    Besides compute_once(), epochs() is all that a script needs to be resumable: it yields the epochs still to
-    do and saves after each. last.pt holds phase, epoch, the state of the objects named there, random states,
-    and what compute_once() found."""
+    epochs() and compute_once() make a script resumable: last.pt holds phase, epoch, the state of the objects
+    that epochs() was given, random states, and what compute_once() found. `saved` is that file's content until
+    the phase in which the run was stopped is reached, then None."""
     active = None                                                # the run that this process is in
     where = ""                                                   # for messages: "pretrain 3/15: "
 
@@ -1139,14 +1136,10 @@ class Run:
             self.computed[name] = compute()
         return self.computed[name]
 
-    def resumes_in(self, phase):
-        """Whether this continues a run stopped in `phase`, whose preparation is thus in the checkpoint."""
-        return self.saved is not None and self.saved["phase"] == phase
-
     def epochs(self, phase, **stateful):
         """Yields a phase's epochs, from 0, that are still to do; saves after each what is `stateful`."""
         first, count = 0, self.phases[phase]
-        if self.saved and not self.resumes_in(phase):            # the run was stopped in a later phase
+        if self.saved and self.saved["phase"] != phase:          # the run was stopped in a later phase
             return
         self.phase = phase
         if self.saved:

@@ -360,7 +360,7 @@ def main(argv=None):
 
     # Phase 3: the cut, and fine-tuning of the factors.
     model = prepare(factorise_(model, ranks, args.hooi), args)       # [H]
-    if not run.resumes_in("finetune"):
+    if not run.saved:                                                # else last.pt holds them
         reestimate_batchnorm_(model, data.batches(args.batch_size, run.generator))
     optimizer, schedule = sgd(model, args.finetune_lr, args.finetune_epochs, data, args)
     for epoch in run.epochs("finetune", model=model, optimizer=optimizer, schedule=schedule):

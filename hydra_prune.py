@@ -373,7 +373,7 @@ def main(argv=None):
     # Phase 2: HYDRA trains the scores, and with them the batch norms that no score masks; LWM trains nothing.
     scores = Scores(model, args.scheme, args.ratio).to(args.device)              # [C]
     lowest = run.compute_once("lowest", lambda: {name: mask.cpu() for name, mask in scores.masks().items()})
-    if phases["prune"] and not run.resumes_in("prune"):
+    if phases["prune"] and not run.saved:
         scores.mask_weights_()
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     trained = nn.ModuleList([scores, *norms])

@@ -795,33 +795,47 @@ def test_admm_group_residual_gives_one_mask_by_the_joint_norm():
 def pruning(w, scheme="irregular", ratio=3, **more):
     layer = one_layer(w)
     choose = functools.partial(admm_prune.choose_masks, scheme=scheme, ratio=ratio)
-    return layer, admm_prune.ADMM({"l": layer}, choose, **more)
+    return layer, admm_prune.ADMM(layer, choose, **more)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_admm_prune_penalty_gradient_is_that_of_its_formula_after_any_number_of_updates(scheme):
     layer, admm = pruning(conv_weight(5, 4, 3, 3), scheme, rho=0.7)
-    assert torch.equal(admm.z["l"], layer.weight * admm.masks["l"]) and not admm.u["l"].any()
+    assert torch.equal(admm.z["weight"], layer.weight * admm.masks["weight"]) and not admm.u["weight"].any()
     for updates in range(6):
         gradient, = torch.autograd.grad(admm.penalty(), layer.weight)
-        assert torch.allclose(gradient, 0.7 * (layer.weight - admm.z["l"] + admm.u["l"]))
-        before, w = admm.u["l"], layer.weight.detach().clone()
+        assert torch.allclose(gradient, 0.7 * (layer.weight - admm.z["weight"] + admm.u["weight"]))
+        before, w = admm.u["weight"], layer.weight.detach().clone()
         admm.update()
-        nearest = admm_prune.choose_masks({"l": w + before}, scheme, 3)["l"]
-        assert torch.equal(admm.z["l"], (w + before) * nearest)                           # [E]
-        assert torch.allclose(admm.u["l"], before + w - admm.z["l"])                      # [F]
-        assert not admm.u["l"].requires_grad and not admm.z["l"].requires_grad
+        nearest = admm_prune.choose_masks({"weight": w + before}, scheme, 3)["weight"]
+        assert torch.equal(admm.z["weight"], (w + before) * nearest)                           # [E]
+        assert torch.allclose(admm.u["weight"], before + w - admm.z["weight"])                      # [F]
+        assert not admm.u["weight"].requires_grad and not admm.z["weight"].requires_grad
         assert torch.equal(layer.weight, w)
         layer.weight.data += 0.1 * conv_weight(5, 4, 3, 3, seed=updates + 1)
+
+
+def test_admm_pulls_all_of_a_filter_that_the_cut_sets_to_zero():
+    model = shaken("vgg16", 1, 3, 32)
+    admm = admm_prune.ADMM(model, lambda p: common.parameter_masks(model, filter_masks(model, 2), True), rho=0.7)
+    admm.update()
+    gradients = torch.autograd.grad(admm.penalty(), admm.weights.values())
+    cut = copy.deepcopy(model)
+    common.apply_masks_(cut, admm.masks)
+    names = {name.rpartition(".")[2] for name in admm.z}
+    assert names == {"weight", "bias"} and "features.1.bias" in admm.z and "classifier.weight" not in admm.z
+    for gradient, (name, p) in zip(gradients, admm.weights.items()):
+        assert torch.allclose(gradient, 0.7 * (p - admm.z[name] + admm.u[name]))
+        assert not admm.z[name][cut.get_parameter(name) == 0].any() and (admm.z[name] == 0).any()
 
 
 def test_admm_rho_grows_to_its_cap_and_the_multiplier_rho_u_is_not_changed_by_that():
     layer, admm = pruning(conv_weight(5, 4, 3, 3), rho=0.1, growth=3.0, rho_max=0.5)
     for wanted in (0.3, 0.5, 0.5):
-        rho, u = admm.rho, admm.u["l"]
+        rho, u = admm.rho, admm.u["weight"]
         admm.update()
         assert admm.rho == pytest.approx(wanted)
-        assert torch.allclose(admm.rho * admm.u["l"], rho * (u + layer.weight.detach() - admm.z["l"]))
+        assert torch.allclose(admm.rho * admm.u["weight"], rho * (u + layer.weight.detach() - admm.z["weight"]))
     layer, admm = pruning(conv_weight(5, 4, 3, 3), rho=0.7, growth=3.0, rho_max=0.5)
     admm.update()
     assert admm.rho == 0.7                                                               # never lowered
@@ -831,13 +845,13 @@ def test_admm_converges_on_a_quadratic_no_worse_than_the_cut():
     target, curvature = conv_weight(4, 3, 1, 1), 1 + 3 * conv_weight(4, 3, 1, 1, seed=1).abs()
     layer, admm = pruning(target, rho=10.0, ratio=3)
     for _ in range(300):                                         # the exact W-step of sum c (w - t)^2 / 2
-        layer.weight.data = (curvature * target + 10 * (admm.z["l"] - admm.u["l"])) / (curvature + 10)
+        layer.weight.data = (curvature * target + 10 * (admm.z["weight"] - admm.u["weight"])) / (curvature + 10)
         residual, changed = admm.update()
     assert residual < 1e-6 and changed == 0
     cost = [(curvature * (target - z).square()).sum().item()
-            for z in (admm.z["l"], admm_prune.project(target, admm_prune.choose_masks(
+            for z in (admm.z["weight"], admm_prune.project(target, admm_prune.choose_masks(
                 {0: target}, "irregular", 3)[0]))]
-    assert cost[0] <= cost[1] and int((admm.z["l"] != 0).sum()) == 4
+    assert cost[0] <= cost[1] and int((admm.z["weight"] != 0).sum()) == 4
 
 
 @pytest.mark.parametrize("optimizer", [

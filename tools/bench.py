@@ -22,7 +22,7 @@ import binary_relax
 import cstar
 import hydra_prune
 from common import (NETWORKS, Data, Parser, UsageFault, build_network, check_device, cli, count_macs, latency,
-                    peak_memory, prepare, progress, sgd, to_float, whole)
+                    parameter_masks, peak_memory, prepare, progress, sgd, to_float, whole)
 
 
 def get_args(argv=None):
@@ -91,9 +91,10 @@ def bench_steps(args, device):
         return dict(penalty=admm.penalty)
 
     def filters(model):
-        def choose(weights):
-            return admm_prune.choose_masks(weights, "filter", 4)
-        admm = admm_prune.ADMM(admm_prune.prunable(model), choose, 0.1)
+        def choose(parameters):
+            weights = {name: parameters[f"{name}.weight"] for name in admm_prune.prunable(model)}
+            return parameter_masks(model, admm_prune.choose_masks(weights, "filter", 4), filters=True)
+        admm = admm_prune.ADMM(model, choose, 0.1)
         papers["admm_prune"] = "default", admm.update
         return dict(penalty=admm.penalty)
 

@@ -1,7 +1,7 @@
 """Evaluates a saved network: clean, under PGD, with sanity flags; and by other judges where asked for.
 
   python tools/evaluate.py runs/DIR/model.pt                     what result.json says of it
-  python tools/evaluate.py runs/DIR/model.pt --loss margin       PGD on Carlini and Wagner's loss
+  python tools/evaluate.py runs/DIR/model.pt --losses ce         PGD on the cross-entropy alone
   python tools/evaluate.py runs/DIR/model.pt --source OTHER.pt   PGD examples made on another network
   python tools/evaluate.py runs/DIR/model.pt --autoattack        needs the package pyautoattack
   python tools/evaluate.py runs/DIR/model.pt --smoothing 0.25    certified l2 radii at that noise
@@ -36,7 +36,8 @@ def get_args(argv=None):
     parser.add_argument("--eval-steps", type=whole(1, 10000))
     parser.add_argument("--restarts", type=whole(1, 1000))
     parser.add_argument("--eot", type=whole(1, 1000), help="passes a gradient, with noise (default: 10)")
-    parser.add_argument("--loss", choices=LOSSES, default="ce", help="margin: Carlini and Wagner's, in l_inf")
+    parser.add_argument("--losses", choices=LOSSES, nargs="+", default=["ce", "margin"],
+                        help="of the restarts, in turn; margin: Carlini and Wagner's, in l_inf")
     parser.add_argument("--source", help="another saved network, whose PGD examples are tried too")
     parser.add_argument("--autoattack", action="store_true", help="needs the package pyautoattack")
     parser.add_argument("--smoothing", type=number(1e-6, 100), help="sigma of the noise to certify with")
@@ -58,8 +59,7 @@ def transfer(model, source, images, *, epsilon, step_size, num_steps, eot=10, se
     """Accuracy in per cent under PGD examples made on another network, `source`; of random networks as in
     evaluate()."""
     with evaluating(source, model, seed=seed) as generator:
-        x = to_float(images[0][:64])
-        eot, draws = (n if is_random(m, x) else 1 for m, n in ((source, eot), (model, 10)))
+        eot, draws = (n if is_random(m, images[0]) else 1 for m, n in ((source, eot), (model, 10)))
         pairs = ((pgd(source, x, y, epsilon, step_size, num_steps, eot=eot, generator=generator), y)
                  for x, y in batched(*images))
         return per_cent(torch.cat([fraction_correct(model, x_adv, y, draws) for x_adv, y in pairs]))
@@ -72,7 +72,7 @@ def autoattack(model, images, *, epsilon, seed=0):
     with evaluating(model, seed=seed):
         x, y = to_float(images[0]).contiguous(), images[1]       # its gradients may not be channels last
         model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-        version = "rand" if is_random(model, x[:64]) else "standard"
+        version = "rand" if is_random(model, images[0]) else "standard"
         judge = AutoAttack(model, eps=epsilon, norm="Linf", version=version, seed=seed, device=x.device)
         classes = logits_of(model, x[:1]).shape[1]
         if classes < 4:
@@ -156,7 +156,7 @@ def main(argv=None):
                   eot=args.eot or 10)
     result = dict(model=args.model, script=artifact["script"], dataset=args.dataset,
                   bytes=os.path.getsize(args.model),
-                  **evaluate(model, data.test, restarts=args.restarts, loss=args.loss, **attack),
+                  **evaluate(model, data.test, restarts=args.restarts, losses=args.losses, **attack),
                   flags=sanity_flags(model, data.test, **attack))
     if args.source:
         result["transfer_acc"] = transfer(model, source, data.test, **attack)
