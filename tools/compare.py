@@ -1,0 +1,313 @@
+"""Prints one Markdown table over finished runs of all scripts; what differs in the seed alone shares a row.
+
+  python tools/compare.py runs/*                          at most 8 columns, sorted by bytes
+  python tools/compare.py runs/* --columns method,bytes,robust,macs
+  python tools/compare.py runs/* --commands               below it the folders and the command of each row
+  python tools/compare.py runs/* --plot FILE.png          robust accuracy against bytes (needs matplotlib)
+  python tools/compare.py --refresh README.md ...         prints the tables in these files again
+
+Columns: method, bytes, clean, robust; the first two of autoattack and verified (if a row has one), margin
+and zeros (if all have one); speed, flags. --columns knows more. The dense networks that runs started from
+are rows too. Of several seeds a cell gives the mean (lowest to highest). --refresh takes each code block of
+kind sh with a line `python tools/compare.py FOLDERS ...`, as seen from the repository's folder, and replaces
+the table after the block by what that command prints; it draws no picture.
+"""
+import contextlib
+import importlib.util
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+from statistics import mean
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from common import Fault, Parser, UsageFault, cli, first_line  # noqa: E402
+
+COLUMNS = {                                                      # name: (head, key in a run)
+    "method": ("method", None), "bytes": ("bytes, times smaller", "bytes"), "clean": ("clean %", "clean_acc"),
+    "robust": ("robust % (95 % interval, or range of seeds)", "robust_acc"),
+    "autoattack": ("AutoAttack % (95 % interval); PGD there", "autoattack"),
+    "verified": ("verified %", "verified_acc"), "margin": ("margin loss %", "margin_acc"),
+    "fgsm": ("FGSM %", "fgsm_acc"), "ifgsm": ("I-FGSM %", "ifgsm_acc"), "zeros": ("zeros %", "sparsity"),
+    "dead": ("dead channels %", "channel_sparsity"), "nonzeros": ("nonzeros, times fewer", "nonzeros_ratio"),
+    "macs": ("MACs, times fewer", "macs_ratio"), "speed": ("times faster, batch 128", "speed"),
+    "speed1": ("times faster, batch 1", "speed1"), "flags": ("flags", "flags")}
+SCHEMES = {"filter": "filters", "column": "columns", "irregular": "single weights"}
+MODES = {"scratch": "from scratch", "ticket": "lottery ticket"}
+OBJECTIVES = {"natural": "clean training", "trades": "TRADES", "crown-ibp": "CROWN-IBP",
+              "smooth": "smoothing"}
+OF_SEED = {"seed", "pretrained", "ticket"}                       # flags that may differ with the seed
+FIRST_PHASE = {"admm_epochs", "prune_epochs", "relax_epochs"}
+UNSAID = FIRST_PHASE | {                                         # flags in words, or that follow from others
+    "script", "ratio", "bits", "rank_rule", "scheme", "mode", "target_width", "scores", "objective", "method",
+    "finetune_epochs", "admm_lr", "prune_lr", "relax_lr", "finetune_lr", "step_size"}
+OF_DENSE = {                                                     # flags that shape the dense network
+    "script", "dataset", "arch", "width", "train_images", "pretrain_epochs", "batch_size", "lr", "amp",
+    "epsilon", "num_steps", "ramp_epochs", "objective", "adv_weight", "nat_weight", "noise"}
+
+
+def get_args(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("folders", nargs="*", help="of finished runs; * and ? may stand in them")
+    parser.add_argument("--columns", help="at most 8, with commas: " + ", ".join(COLUMNS))
+    parser.add_argument("--commands", action="store_true", help="list the folders and commands of the rows")
+    parser.add_argument("--plot", help="the picture, a .png, .pdf or .svg file")
+    parser.add_argument("--refresh", nargs="+", metavar="FILE", help="Markdown files")
+    args = parser.parse_args(argv)
+    if bool(args.folders) == bool(args.refresh):
+        parser.error("give folders of runs, or --refresh and files")
+    if args.refresh:
+        parser.refuse(args, "with --refresh", "columns", "plot")
+    args.columns = args.columns and args.columns.split(",")
+    for name in args.columns or ():
+        if name not in COLUMNS or len(args.columns) > 8:
+            parser.error(f"argument --columns: {name} is not one of at most 8 of {', '.join(COLUMNS)}")
+    if args.plot and not args.plot.endswith((".png", ".pdf", ".svg")):
+        parser.error(f"argument --plot: {args.plot} does not end in .png, .pdf or .svg")
+    return args
+
+
+# ---------------------------------------------------------------- runs
+
+def read_run(folder, base):
+    """A finished run: its result.json and, if it is there, what tools/evaluate.py --autoattack printed."""
+    run = json.loads((base / folder / "result.json").read_text()) | {"folder": folder}
+    for name, batch in ("speed", "batch_128"), ("speed1", "batch_1"):
+        run[name] = run["latency_ms"][batch]["dense"] / run["latency_ms"][batch]["compact"]
+    run["nonzeros_ratio"] = run["dense_parameters"] / run["nonzeros"]
+    run["flags"] = [flag.partition(":")[0] for flag in run["flags"]]
+    ratios = dict.fromkeys(["bytes_ratio", "macs_ratio", "nonzeros_ratio", "speed", "speed1"], 1)
+    run["dense"] |= dict(args=run["args"], bytes=run["dense_bytes"], flags=None, **ratios)
+    for accuracy in run, run["dense"]:                           # what every table needs
+        float(accuracy["clean_acc"] + accuracy["robust_acc"] + sum(accuracy["robust_ci"]))
+    kept = base / folder / "evaluate-autoattack.json"
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            found = json.loads(kept.read_text())
+            if any(found[k] != run[k] for k in ("script", "bytes")) or found["dataset"] != run["args"][
+                    "dataset"] or found["attack"]["epsilon"] != run["attack"]["epsilon"]:
+                raise ValueError("it is of another file, data set or radius")
+            low, high = found["autoattack_ci"]
+            run["autoattack"] = (f"{found['autoattack_acc']:.1f} ({low:.1f} to {high:.1f}); PGD "
+                                 f"{found['robust_acc']:.1f}; {found['images']:,} images")
+        except (ValueError, KeyError, TypeError) as fault:
+            print(f"left out: {kept} ({first_line(fault)})", file=sys.stderr)
+    return run
+
+
+def flags_of(run):
+    """{flag: value as text} of all that made this run what it is, except its seed."""
+    unused = OF_SEED | ({"pretrain_epochs", "ramp_epochs"} if run["args"].get("pretrained") else set())
+    args = {k: v for k, v in run["args"].items() if k not in unused}
+    if args.get("members"):
+        args["arch"] = f"En{args.pop('members')}ResNet{args.pop('depth')}"
+    loss = run["attack"]["loss"]
+    args |= dict(script=run["script"], loss=loss if isinstance(loss, str) else "+".join(loss))
+    return {k: f"{v:g}" if isinstance(v, float) else str(v) for k, v in args.items()}      # 16 is 16.0
+
+
+def same_but_seed(patterns, base):
+    """A list of rows, lists of runs that differ in the seed alone, from the finished runs among the folders.
+    Fault if there is none, or two have one seed."""
+    rows = {}
+    for pattern in patterns:
+        for path in sorted(base.glob(pattern)) if re.search(r"[*?[]", pattern) else [base / pattern]:
+            folder = str(path.relative_to(base) if path.is_relative_to(base) else path)
+            try:
+                run = read_run(folder, base)
+                row, _ = json.dumps(flags_of(run), sort_keys=True), method_of(run)
+                rows.setdefault(row, []).append(run)
+            except (OSError, ArithmeticError, ValueError, LookupError, TypeError, AttributeError) as fault:
+                print(f"left out: {folder} holds no readable result.json ({fault})", file=sys.stderr)
+    if not rows:
+        raise Fault(f"none of these folders holds a finished run: {' '.join(patterns)}")
+    for runs in rows.values():
+        if len({run["args"]["seed"] for run in runs}) < len(runs):
+            raise Fault(f"one run twice, or two of one seed: {' '.join(run['folder'] for run in runs)}")
+    return list(rows.values())
+
+
+# ---------------------------------------------------------------- what a row is called
+
+def method_of(run):
+    """In words: what is compressed, how far, and how. Each may be empty."""
+    args, mode = run["args"], run["args"].get("mode")
+    first, last = sum(args[k] for k in FIRST_PHASE & set(args)), args["finetune_epochs"]
+    if args.get("bits") == 32:
+        return "", "float", f"{first + last} more epochs"
+    if "bits" in args:
+        return "", f"{args['bits']} bit{'s' * (args['bits'] > 1)}", "BinaryConnect" * (args["method"] == "bc")
+    if mode == "scratch":
+        return "", f"width {args['target_width']}", MODES[mode]
+    if mode == "post" or args.get("scores") == "lwm":            # all epochs are of fine-tuning
+        first, last = 0, first + last
+    what = SCHEMES.get(args.get("scheme"), "low rank" if "rank_rule" in args else run["script"])
+    what += ", uniform ranks" * (args.get("rank_rule") == "uniform")
+    far = f"{args['ratio']:g}x"
+    if args.get("target_width") and what == "filters":
+        far = f"width {args['width']} to {args['target_width']}"
+    how = ("one-shot", "ADMM") if "scores" not in args else ("lowest magnitudes", "HYDRA scores")
+    how = MODES.get(mode) or (how[bool(first)] if first + last else "bare cut")
+    how += ", not fine-tuned" * bool(first and not last) + ", {}".format(
+        OBJECTIVES.get(args.get("objective"))) * (args.get("objective", "pgd") != "pgd")
+    return what, far, how
+
+
+def named(words, flags, unsaid=frozenset()):
+    """The words of each row and, as flag=value, the flags that have several values among the rows."""
+    told = sorted({k for f in flags for k in f if len({g[k] for g in flags if k in g}) > 1} - unsaid)
+    return [", ".join([w, *(f"{k}={f[k]}" for k in told if f.get(k, "None") != "None")])
+            for w, f in zip(words, flags)]
+
+
+def labels_of(rows):
+    """What a person calls each row; if two would have one name, all flags in which these differ are added."""
+    flags, methods = [flags_of(runs[0]) for runs in rows], [method_of(runs[0]) for runs in rows]
+    for f, method in zip(flags, methods):
+        if method[1].startswith("width"):
+            del f["width"]                                       # the words say it
+    labels = named([", ".join(filter(None, method)) for method in methods], flags, UNSAID)
+    for label in {label for label in labels if labels.count(label) > 1}:
+        alike = [i for i, other in enumerate(labels) if other == label]
+        for i, name in zip(alike, named([label] * len(alike), [flags[i] for i in alike])):
+            labels[i] = name
+    return labels
+
+
+def dense_rows(rows):
+    """{label: dense networks} that the rows started from; if these differ, the label says in which flags."""
+    groups = {}                                                  # of rows that had the same networks
+    for runs in rows:
+        if runs[0]["args"].get("mode") != "scratch":             # there the network is its own dense one
+            same = {json.dumps([run["dense_parameters"], *(run["dense"].get(k) for k in (
+                "clean_acc", "robust_acc", "verified_acc"))]): run["dense"] for run in runs}
+            groups.setdefault(tuple(sorted(same)), (same, []))[1].append(flags_of(runs[0]))
+    flags = [dict(set.intersection(*(set(f.items()) for f in group))) for _, group in groups.values()]
+    flags = [{k: f[k] for k in sorted(OF_DENSE & set(f))} for f in flags]
+    merged = {}
+    for label, (same, _) in zip(named(["dense"] * len(flags), flags), groups.values()):
+        merged[label] = same | merged.get(label, {})
+    return {label: list(same.values()) for label, same in merged.items()}
+
+
+# ---------------------------------------------------------------- the table, the list, the picture
+
+def spread(values, digits=1, more=""):
+    """The mean, and (lowest to highest) if they differ as printed; nothing if a value is missing."""
+    if None in values:
+        return ""
+    middle, low, high = (f"{f(values):,.{digits}f}" for f in (mean, min, max))
+    inside = "; ".join(filter(None, [f"{low} to {high}" if low != high else "", more]))
+    return f"{middle} ({inside})" if inside else middle
+
+
+def cell(column, label, runs):
+    """The text of one column of a row."""
+    values, seeds = [run.get(COLUMNS[column][1]) for run in runs], len({run["args"]["seed"] for run in runs})
+    if column == "method":
+        return label.replace("|", "\\|")
+    if column == "bytes":
+        return f"{spread(values, 0)}, {mean(run['bytes_ratio'] for run in runs):.1f}x"
+    if column == "robust":
+        return (spread(values, more=f"{seeds} seeds" * (seeds > 1)) if len(runs) > 1 else
+                "{:.1f} ({:.1f} to {:.1f})".format(*values, *runs[0]["robust_ci"]))
+    if column == "autoattack":
+        return "; ".join(f"seed {run['args']['seed']}: " * (seeds > 1) + text
+                         for run, text in zip(runs, values) if text)
+    if column == "flags":                                        # a dense network was not checked
+        return "" if None in values else "; ".join(sorted(set().union(*values))) or "none"
+    return spread(values)
+
+
+def render(args, base):
+    """[(label, runs)] of the rows, dense networks among them, sorted by bytes; and the Markdown."""
+    rows = same_but_seed(args.folders, base)
+    more = [name for name, found in (("autoattack", any), ("verified", any), ("margin", all), ("zeros", all))
+            if found(COLUMNS[name][1] in run for runs in rows for run in runs)]
+    columns = args.columns or ["method", "bytes", "clean", "robust", *more[:2], "speed", "flags"]
+    table = [*zip(labels_of(rows), rows), *dense_rows(rows).items()]
+    table.sort(key=lambda row: (mean(run["bytes"] for run in row[1]), row[0]))
+    lines = [[COLUMNS[column][0] for column in columns], ["---"] * len(columns),
+             *([cell(column, *row) for column in columns] for row in table)]
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    if args.commands:
+        text += "\n<details><summary>Folders and commands of the rows</summary>\n\n" + "".join(
+            f"* {label}: {', '.join(run['folder'] for run in runs)}{'; the first' * (len(runs) > 1)}\n"
+            f"  `{runs[0]['command']}`\n" for label, runs in table if "folder" in runs[0]) + "\n</details>\n"
+    return table, text
+
+
+def draw(table, path):
+    """A picture of robust accuracy, with its interval or range, against bytes; a colour is one method."""
+    from matplotlib.figure import Figure
+    axes = Figure(figsize=(9, 5.5)).subplots()
+    methods, boxes = {}, []
+    for label, runs in table:
+        what, _, how = method_of(runs[0]) if "folder" in runs[0] else ("dense", "", "")
+        size, robust = (mean(run[k] for run in runs) for k in ("bytes", "robust_acc"))
+        low, high = runs[0]["robust_ci"] if len(runs) == 1 else (
+            f(run["robust_acc"] for run in runs) for f in (min, max))
+        point = size, robust, robust - low, high - robust, label
+        methods.setdefault((what, how) if what else "bits", []).append(point)
+    for i, (method, points) in enumerate(methods.items()):
+        size, robust, *bars, _ = zip(*points)
+        color, line = ("black", "x") if method == ("dense", "") else (f"C{i % 10}", "o-")
+        axes.errorbar(size, robust, bars, fmt=line, color=color, capsize=2, elinewidth=0.5, linewidth=0.8)
+    points = sorted((point for points in methods.values() for point in points), key=lambda point: point[1])
+    axes.set(xscale="log", xlabel="bytes of the file", ylabel="robust accuracy, % (95 % interval or range)",
+             xlim=(min(p[0] for p in points) / 1.4, max(p[0] for p in points) * 2.2))
+    axes.figure.draw_without_rendering()                         # settles the scale of the axes
+    for size, robust, *_, label in points:                       # a label moves up where another one is
+        x, y = axes.transData.transform((size, robust)) * 72 / axes.figure.dpi       # in points
+        place = y
+        for left, right, other in boxes:
+            if left < x + 4 * len(label) and x < right and abs(place - other) < 9:
+                place = other + 9
+        boxes.append((x, x + 4 * len(label), place))
+        axes.annotate(label, (size, robust), (5, place - y + 3), textcoords="offset points", fontsize=7)
+    drawn = "; ".join(f"{label}: {size:.0f} {robust:.1f}" for size, robust, *_, label in points)
+    axes.figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Title": drawn})
+
+
+# ---------------------------------------------------------------- --refresh, and the program
+
+# A code block of kind sh, then perhaps a table, then perhaps a folded list.
+BLOCK = re.compile(r"```sh\n((?:(?!```).)*)```\n"
+                   r"(\n(?:\|[^\n]*\n)+(?:\n<details>(?:(?!</details>).)*</details>\n)?)?", re.S)
+
+
+def refresh(path):
+    """Replaces each table after a command of this program by what that prints; returns what changed."""
+    text, changed = path.read_text(encoding="utf-8"), []
+
+    def again(match):
+        for line in match[1].splitlines():
+            if line.startswith("python tools/compare.py ") and "--refresh" not in line:
+                table = "\n" + render(get_args(shlex.split(line, comments=True)[2:]), ROOT)[1]
+                changed.extend([line] * (table != match[2]))
+                return f"```sh\n{match[1]}```\n{table}"
+        return match[0]
+    new = BLOCK.sub(again, text)
+    if changed:
+        path.write_text(new, encoding="utf-8")
+    print(f"{path}: {len(changed) or 'no'} table{'s' * (len(changed) != 1)} changed")
+    return changed
+
+
+def main(argv=None):
+    args = get_args(argv)
+    if args.refresh:
+        return [refresh(Path(path)) for path in args.refresh]
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        raise UsageFault("argument --plot: matplotlib is not installed")
+    table, text = render(args, Path())
+    print(text, end="")
+    if args.plot:
+        draw(table, args.plot)
+    return table
+
+
+if __name__ == "__main__":
+    cli(main)
