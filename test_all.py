@@ -31,19 +31,20 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import admm_prune
 import binary_relax
 import common
 import cstar
 import hydra_prune
-from tools import bench
+from tools import bench, compare
 from tools import evaluate as judges
 
 HERE = Path(__file__).parent
 SCRIPTS = [cstar, admm_prune, hydra_prune, binary_relax]
 every_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-SHIPPED = HERE / "results" / "digits-cstar"
+SHIPPED = HERE / "results" / "digits-cstar-s0"
 TINY = ("--dataset digits --arch resnet18 --width 1 --train-images 128 --eval-images 40 --batch-size 32 "
         "--pretrain-epochs 2 --admm-epochs 2 --finetune-epochs 2 --num-steps 2 --eval-steps 3 --restarts 1 "
         "--ratio 4 --device cpu").split()
@@ -61,8 +62,8 @@ def tiny(folder, *more, script=cstar):
 
 
 def unevaluated(monkeypatch):
-    """From here on runs end with their model.pt: the evaluation takes longer than they do."""
-    monkeypatch.setattr(common.Run, "finish", lambda run, *judge, **more: None)
+    """From here on runs end with their model.pt and give what is only the script's: evaluation takes long."""
+    monkeypatch.setattr(common.Run, "finish", lambda run, *judge, **more: more)
 
 
 def weights_of(path):
@@ -174,7 +175,7 @@ def write_images(root, mode="RGB", size=(8, 8), count=6):
 
 
 @pytest.mark.parametrize("mode, channels", [("RGB", 3), ("L", 1)])
-def test_data_class_folders_equal_their_pixels_whatever_lies_beside_them(tmp_path, mode, channels):
+def test_data_class_folders_equal_their_pixels_whatever_lies_beside_them(tmp_path, mode, channels, monkeypatch):
     from PIL import Image
     write_images(tmp_path / "zoo", mode, size=(9, 8))
     args = cstar.get_args(["--dataset", "zoo", "--data-dir", str(tmp_path), "--epsilon", "8/255",
@@ -195,6 +196,16 @@ def test_data_class_folders_equal_their_pixels_whatever_lies_beside_them(tmp_pat
     assert torch.equal(first.train[0][1:], again.train[0][1:]) and torch.equal(first.test[1], again.test[1])
     if mode == "RGB":
         assert (again.train[0][0] == torch.from_numpy(pixels[..., 0].copy())).all()
+    args.dataset, raw = "mnist", tmp_path / "MNIST/raw"          # what a failed download leaves hides nothing
+    (tmp_path / "zoo").rename(tmp_path / "mnist")
+    raw.mkdir(parents=True)
+    for split, kind in [("", ""), *itertools.product(("train", "t10k"), ("images-idx3", "labels-idx1"))]:
+        if split:
+            (raw / f"{split}-{kind}-ubyte").write_bytes(b"half")
+        assert torch.equal(common.load_data(args).train[0], again.train[0])
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(common.Fault, match="pip install pillow"):
+        common.load_data(args)
 
 
 # ---------------------------------------------------------------- networks
@@ -291,6 +302,37 @@ def test_pgd_with_epsilon_zero_is_the_image_and_a_callable_loss_is_used():
     assert len(seen) == 6
 
 
+class Waits(TorchDispatchMode):
+    """Counts what a GPU would stop for: reading a value, and shapes that depend on values."""
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        masks = func.name() == "aten::index.Tensor" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        self.count += masks or func.name() in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
+        return func(*args, **kwargs or {})
+
+
+@every_script
+def test_training_attacks_in_eval_mode_and_waits_for_a_gpu_only_in_pgds_two_checks(script):
+    args = script.get_args("--dataset digits --num-steps 3 --device cpu --amp off".split())
+    x, y, modes, waits = torch.rand(8, 1, 8, 8), torch.arange(8), [], []
+    for batches in (1, 3):
+        model = resnet()
+        scores = hydra_prune.Scores(model, "irregular", 5)
+        weights = [p for p in model.parameters() if p.dim() > 1]
+        masks = {n: torch.rand_like(p) < 0.5 for n, p in model.named_parameters()}
+        more = {cstar: dict(penalty=lambda: sum(w.square().sum() for w in weights)), admm_prune: dict(masks=masks),
+                hydra_prune: dict(scores=scores), binary_relax: dict(weights=weights, lam=2.0)}[script]
+        optimizer = torch.optim.SGD((scores if script is hydra_prune else model).parameters(), 0.01)
+        model.register_forward_pre_hook(lambda m, _: modes.append(m.training))
+        with Waits() as found:
+            schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+            script.train_epoch(model, [(x, y)] * batches, optimizer, schedule, args, **more)
+        waits.append(found.count)
+    assert modes == ([False] * 3 + [True] * (2 if script is binary_relax else 1)) * 4
+    assert waits[1] - waits[0] == 2 * 2                          # are the pixels and is the gradient fit?
+
+
 def test_margin_loss_is_the_gap_to_the_best_other_class():
     logits = torch.tensor([[1.0, 4.0, 2.5], [3.0, 0.0, -1.0]])
     assert torch.equal(common.margin_loss(logits, torch.tensor([2, 0])), torch.tensor([1.5, -3.0]))
@@ -326,7 +368,7 @@ def test_evaluate_is_near_autoattack(digits):
     pyautoattack = pytest.importorskip("pyautoattack")
     model = common.load_model(SHIPPED / "model.pt")
     images = [t[:100] for t in digits.test]
-    ours = common.evaluate(model, images, epsilon=0.2, step_size=0.05, num_steps=50, restarts=5)["robust_acc"]
+    ours = common.evaluate(model, images, epsilon=0.2, step_size=0.05, num_steps=50)["robust_acc"]
 
     def survivors(images, attack):
         judge = pyautoattack.AutoAttack(model, eps=0.2, version="custom", attacks=[attack], seed=0)
@@ -341,15 +383,17 @@ def test_evaluate_counts_every_iterate_of_every_restart(robust, digits):
     images = [t[:60] for t in digits.test]
     x, y, generator = common.to_float(images[0]), images[1], torch.Generator().manual_seed(0)
     survived = robust(x).argmax(1) == y
-    for _ in range(3):                                           # the same attack, written plainly
+    for margin in (False, True, False):                          # the same attack, written plainly
         x_adv = (x + 0.2 * (2 * torch.rand(x.shape, generator=generator) - 1)).clamp(0, 1)
         for _ in range(21):
             x_adv.requires_grad_()
             logits = robust(x_adv)
             survived &= logits.argmax(1) == y
-            gradient, = torch.autograd.grad(F.cross_entropy(logits, y), x_adv)
+            loss = common.margin_loss(logits, y).sum() if margin else F.cross_entropy(logits, y)
+            gradient, = torch.autograd.grad(loss, x_adv)
             x_adv = torch.clamp(x_adv.detach() + 0.05 * gradient.sign(), x - 0.2, x + 0.2).clamp(0, 1)
-    assert common.evaluate(robust, images, **SETTINGS, restarts=3)["robust_acc"] == common.per_cent(survived)
+    found = common.evaluate(robust, images, **SETTINGS, restarts=3, losses=["ce", "margin"])
+    assert found["robust_acc"] == common.per_cent(survived)
 
 
 def test_evaluate_falls_with_steps_and_restarts_for_every_image(robust, digits):
@@ -421,6 +465,23 @@ def test_evaluate_of_a_random_network_is_repeatable_and_says_so(robust, digits):
     assert min(gaps) >= 0 and sum(gap > 0 for gap in gaps) >= 4
     others = [common.evaluate(model, images, **SETTINGS, eot=2, seed=seed) for seed in (4, 5, 6)]
     assert any(other["robust_acc"] != first["robust_acc"] for other in others)
+
+
+def test_evaluate_takes_bytes_as_labels_and_refuses_what_is_no_image_or_label(robust, digits):
+    x, y = images = [t[:60] for t in digits.test]
+    model = copy.deepcopy(robust).train()
+    as_bytes = common.evaluate(model, (x, y.to(torch.uint8)), **SETTINGS)
+    assert as_bytes == common.evaluate(robust, images, **SETTINGS) and as_bytes["robust_acc"] < 100
+    for wrong in ((common.to_float(x), y), (x[0], y), (x, y + 1), (x, y - 1), (x, y[1:]), (x, y.float())):
+        for judge in (common.evaluate, common.sanity_flags):
+            with pytest.raises(common.Fault, match="uint8|10 classes"):
+                judge(model, wrong, **SETTINGS)
+    for pixel in (math.nan, -0.01, 255.0):
+        x_wrong = common.to_float(x)
+        x_wrong[3, 0, 2, 2] = pixel
+        with pytest.raises(common.Fault, match="^a pixel is not in"):
+            common.pgd(model, x_wrong, y, 0.2, 0.05, 3)
+    assert all(m.training for m in model.modules()) and all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -557,7 +618,7 @@ def test_cstar_budget_is_exact_and_ranks_never_grow_with_the_ratio(resnet18_weig
     before, kept = None, 11173962 - sum(w.numel() for w in weights.values())
     begin = time.process_time()
     for ratio in (2, 4, 8, 16, 32, 64):
-        ranks = cstar.choose_ranks(weights, cstar.parameter_budget(model, ratio), rule)
+        ranks = cstar.choose_ranks(weights, cstar.budget_of(model, ratio), rule)
         share = (kept + spent(weights, ranks)) * ratio / 11173962
         assert share <= 1 and (rule == "uniform" or share >= 0.995), (ratio, share)
         full = {n: ranks[n] or tuple(w.shape[:2]) for n, w in weights.items()}
@@ -569,7 +630,7 @@ def test_cstar_budget_is_exact_and_ranks_never_grow_with_the_ratio(resnet18_weig
 
 def test_cstar_built_network_has_at_most_the_parameters_of_the_ratio(resnet18_weights):
     model, weights = resnet18_weights
-    ranks = cstar.choose_ranks(weights, cstar.parameter_budget(model, 64))
+    ranks = cstar.choose_ranks(weights, cstar.budget_of(model, 64))
     count = sum(p.numel() for p in cstar.factorise_(copy.deepcopy(model), ranks).parameters())
     assert 0.995 * 11173962 / 64 <= count <= 11173962 / 64
 
@@ -587,11 +648,11 @@ def test_cstar_ranks_ignore_order_and_scale_of_the_layers():
 def test_cstar_impossible_ratio_names_the_largest_possible_one():
     model = resnet()
     with pytest.raises(common.UsageFault, match="from 1 to") as fault:
-        cstar.parameter_budget(model, 1000)
+        cstar.budget_of(model, 1000)
     largest = float(re.search(r"to ([\d.]+),", str(fault.value))[1])
-    assert cstar.parameter_budget(model, largest) >= 0
+    assert cstar.budget_of(model, largest) >= 0
     with pytest.raises(common.UsageFault):
-        cstar.parameter_budget(model, largest + 0.02)
+        cstar.budget_of(model, largest + 0.02)
 
 
 # ---------------------------------------------------------------- CSTAR: ADMM and factors
@@ -602,15 +663,16 @@ def one_layer(w):
     return layer
 
 
-def test_cstar_penalty_gradient_is_rho_times_w_minus_z_plus_u_after_any_number_of_updates():
+@pytest.mark.parametrize("hooi", [0, 2])
+def test_cstar_penalty_gradient_is_rho_times_w_minus_z_plus_u_after_any_number_of_updates(hooi):
     layer = one_layer(conv_weight(5, 4, 3, 3))
-    admm = cstar.ADMM({"l": layer}, {"l": (2, 2)}, rho=0.7)
+    admm = cstar.ADMM({"l": layer}, {"l": (2, 2)}, 0.7, hooi)
     for updates in range(6):
         gradient, = torch.autograd.grad(admm.penalty(), layer.weight)
         assert torch.allclose(gradient, 0.7 * (layer.weight - admm.z["l"] + admm.u["l"]))
         before, w = admm.u["l"], layer.weight.detach().clone()
         admm.update()
-        assert torch.allclose(admm.z["l"], cstar.project(w + before, (2, 2)))            # [F]
+        assert torch.allclose(admm.z["l"], cstar.project(w + before, (2, 2), hooi))                      # [F]
         assert torch.allclose(admm.u["l"], before + w - admm.z["l"])                     # [G]
         assert not admm.u["l"].requires_grad
         layer.weight.data += 0.1 * conv_weight(5, 4, 3, 3, seed=updates + 1)
@@ -647,7 +709,7 @@ def test_cstar_factorised_network_equals_the_projected_dense_one():
     model = resnet(width=2).double().eval()
     layers = cstar.factorisable(model)
     weights = {n: m.weight.detach() for n, m in layers.items()}
-    ranks = cstar.choose_ranks(weights, cstar.parameter_budget(model, 4))
+    ranks = cstar.choose_ranks(weights, cstar.budget_of(model, 4))
     thin, x = cstar.factorise_(copy.deepcopy(model), ranks), torch.rand(4, 1, 8, 8, dtype=torch.float64)
     unequal = (thin(x) - model(x)).abs().max()
     for name, layer in layers.items():
@@ -746,7 +808,8 @@ def test_admm_smaller_network_equals_the_masked_one(arch, channels, size, groupe
     model = shaken(arch, 2, channels, size, dtype)
     masks = common.parameter_masks(model, filter_masks(model, 2, grouped), True)
     common.apply_masks_(model, masks)
-    small, left = common.remove_filters_(copy.deepcopy(model), masks)
+    small, left = common.remove_filters_(copy.deepcopy(model).eval(), masks)
+    assert not any(m.training for m in small.modules())
     x = torch.rand(6, channels, size, size, dtype=dtype)
     for training in (False, True):                               # with running and with batch statistics
         full = copy.deepcopy(model).train(training)(x)
@@ -910,6 +973,8 @@ def test_admm_modes_spend_the_same_epochs_on_networks_of_one_size(tmp_path):
         assert phases_of(tmp_path / mode) == phases
     assert len({r["parameters"] for r in results.values()}) == 1 == results["scratch"]["params_ratio"]
     assert results["ticket"]["dense"] == results["admm"]["dense"]
+    rho = 3 * (1 - 0.9) / (0.1 / 2 * 4)                          # three time constants in the epoch's four steps
+    assert [results[mode]["rho"] for mode in ("admm", "post")] == [pytest.approx(rho), None]
     assert len({json.dumps(r["kept"]) for m, r in results.items() if m != "scratch"}) == 1
 
 
@@ -933,6 +998,8 @@ def test_admm_ticket_is_the_initial_network_cut_like_the_pruned_one(whole, tmp_p
     assert torch.equal(cut[name], wanted) and 0 < len(wanted) < len(alive[name])
     with pytest.raises(common.UsageFault, match="is not a ticket of"):
         admm_prune.main([*flags, "--ratio", "2"])
+    with pytest.raises(common.UsageFault, match="--pretrained: .*ticket.pt holds ticket"):
+        admm_prune.main([*flags[:flags.index("--mode")], "--pretrained", str(folder / "ticket.pt")])
 
 
 def test_admm_radius_ramps_up_and_updates_come_at_their_interval(tmp_path):
@@ -941,6 +1008,7 @@ def test_admm_radius_ramps_up_and_updates_come_at_their_interval(tmp_path):
     lines = [json.loads(line) for line in open(tmp_path / "run/log.jsonl")]
     assert ["residual" in line for line in lines if line.get("phase") == "admm"] == [0, 1, 0, 1, 0]
     assert [line["strength"] for line in lines if line.get("phase") == "pretrain"] == [0.5, 1, 1]
+    assert [line["rho"] for line in lines if "residual" in line] == pytest.approx([0.75] * 2)    # 8 steps
     seen, args = [], cstar.get_args("--dataset digits --device cpu --amp off --num-steps 3".split())
     model = resnet()
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
@@ -1067,6 +1135,19 @@ def test_hydra_prune_phase_moves_scores_and_batch_norms_alone_and_finetuning_kep
         assert not w[~mask].any() and not torch.equal(w[mask], before[name][mask])
 
 
+def test_hydra_radius_grows_by_steps_and_the_pruning_phase_trains_batch_norms(tmp_path, monkeypatch):
+    radii, times = [], []
+    monkeypatch.setattr(hydra_prune, "pgd", lambda model, x, y, epsilon, *_: radii.append(epsilon) or x)
+    monkeypatch.setattr(common, "progress", lambda items, label, *more: times.append((label, *more)) or items)
+    unevaluated(monkeypatch)
+    tiny(tmp_path / "run", *"--ramp-epochs 2 --pretrain-epochs 3 --finetune-epochs 0".split(), script=hydra_prune)
+    assert radii == pytest.approx([0.2 * min(1, (step + 1) / 8) for step in range(20)])
+    epochs = [f"pretrain {i}/3" for i in (1, 2, 3)] + ["prune 1/2", "prune 2/2"]     # time to go: of all steps
+    assert times == [(epoch, 4, 4 * (4 - i)) for i, epoch in enumerate(epochs)]
+    dense, model = (weights_of(tmp_path / "run" / name) for name in ("dense.pt", "model.pt"))
+    assert not torch.equal(dense["layer1.0.bn1.weight"], model["layer1.0.bn1.weight"])
+
+
 def test_hydra_without_pruning_epochs_is_lwm(whole, tmp_path):
     results = [tiny(tmp_path / name, "--scores", name, "--prune-epochs", "0", script=hydra_prune)
                for name in ("hydra", "lwm")]
@@ -1103,6 +1184,8 @@ def test_hydra_objectives_are_their_formulas(digits):
         hook.remove()
         inputs = [image for training, image in seen if training]
         torch.manual_seed(1)
+        if name == "trades":                                     # TRADES begins beside the image
+            assert 0 < (seen[1][1] - x).abs().max() < 0.01
         if name in ("natural", "pgd"):
             near = x if name == "natural" else common.pgd(before.eval(), x, y, 0.2, 0.05, 4)
             wanted = F.cross_entropy(model.train()(near), y)
@@ -1169,7 +1252,11 @@ def margins(model, x, y):
 def test_hydra_bounds_contain_samples_corners_and_attacks(odd, seed):
     model, x, y = chain(seed, odd)
     generator, found = torch.Generator().manual_seed(seed), margins(model, x, y)
-    bounds = all_bounds(model, x, y, 0.15)
+    bounds, in_place = all_bounds(model, x, y, 0.15), copy.deepcopy(model)
+    for layer in in_place:
+        layer.inplace = True
+    for name, bound in all_bounds(in_place, x, y, 0.15).items():
+        assert torch.equal(bound, bounds[name])
     for i in range(400):
         noise = 2 * torch.rand(x.shape, generator=generator, dtype=x.dtype) - 1
         points = (x + 0.15 * (noise.sign() if i % 2 else noise)).clamp(0, 1)
@@ -1291,14 +1378,23 @@ def test_hydra_a_bound_that_is_wrong_is_noticed(standard, digits, monkeypatch):
     assert 0 < said["verified_acc"] <= said["robust_acc"] < 100
     monkeypatch.setattr(hydra_prune, "best_margins", lambda layers, x, y, epsilon: torch.ones(len(x), 10))
     with pytest.raises(common.Fault, match="not sound"):
-        common.evaluate(model, images, **SETTINGS | {"epsilon": 0.01}, extra_metrics=judge)
+        common.evaluate(model.train(), images, **SETTINGS | {"epsilon": 0.01}, extra_metrics=judge)
+    assert all(m.training for m in model.modules()) and model[0].weight.dtype == torch.float32
+    monkeypatch.undo()                                           # a margin of exactly 0 proves nothing
+    flat = linear(torch.zeros(10, 64))
+    assert hydra_prune.verify(flat, images, 0.01, torch.ones(120) == 1)["verified_acc"] == 0
 
 
-def test_hydra_crown_ibp_loss_mixes_both_bounds_and_reaches_the_scores():
+def test_hydra_crown_ibp_loss_mixes_both_bounds_and_reaches_the_scores(digits):
     model, x, y = chain(0)
     flags = "--dataset digits --objective crown-ibp --final-share 0.25 --device cpu"
     args = hydra_prune.get_args(flags.split())
     assert args.epsilon == 0.02 and args.arch == "cnn_small" and not args.amp
+    p = nn.Parameter(torch.full((3,), 10.0))                     # Adam: decay moves by the rate, whatever p is
+    adam = hydra_prune.optimizer_of(nn.ParameterList([p]), 1.0, 1, digits, args)[0]
+    p.grad, rate = torch.zeros_like(p), adam.param_groups[0]["lr"]
+    adam.step()
+    assert 10 - p.detach() == pytest.approx(rate, rel=0.01)
     for strength, share in ((0.0, 1.0), (0.5, 0.625), (1.0, 0.25)):
         loss, logits = hydra_prune.objective(model, x, y, args, strength)
         bounds = all_bounds(model, x, y, 0.02 * strength)
@@ -1325,17 +1421,20 @@ def test_smoothing_clopper_pearson_equals_scipy():
 
 
 def test_smoothing_certified_radius_of_a_linear_classifier_is_below_the_true_distance():
-    w = torch.zeros(2, 4)
+    w, drawn = torch.zeros(2, 4), []
     w[1, 0] = 1.0
     model = linear(w)
-    model[1].bias.data = torch.tensor([0.4, 0.0])                # class 1 where x_0 > 0.4
-    image = torch.tensor([0.7, 0.1, 0.2, 0.9]).view(1, 2, 2)     # at distance 0.3
+    model.register_forward_pre_hook(lambda _, inputs: drawn.append(inputs[0]))
+    model[1].bias.data = torch.tensor([-0.1, 0.0])               # class 1 where x_0 > -0.1, beyond the pixels
+    image = torch.tensor([0.2, 0.1, 0.2, 0.9]).view(1, 2, 2)     # at distance 0.3
     label, r = judges.certify(model, image, torch.Generator().manual_seed(0), sigma=0.25, draws=20000,
-                                   classes=2)
+                              classes=2)
     assert label == 1 and 0.27 < r < 0.3
-    image[0, 0, 0] = 0.4                                         # on the plane: it must abstain
-    assert judges.certify(model, image, torch.Generator().manual_seed(0), sigma=0.25, draws=2000,
-                               classes=2) == (None, 0.0)
+    assert len(torch.cat(drawn).flatten(1).unique(dim=0)) == 100 + 20000     # the bound has draws of its own
+    for x, wanted in ((-0.1, (None, 0.0)), (9.0, (1, 0.25 * NormalDist().inv_cdf(0.001 ** (1 / 2000))))):
+        image[0, 0, 0] = x                                       # on the plane: it must abstain; far from it
+        found = judges.certify(model, image, torch.Generator().manual_seed(0), sigma=0.25, draws=2000, classes=2)
+        assert found == (wanted[0], pytest.approx(wanted[1]))
 
 
 def test_smoothing_curve_falls_and_counts_what_abstains_as_wrong(robust, digits):
@@ -1589,6 +1688,7 @@ def test_enresnet_evaluation_repeats_and_is_flagged_as_random_alone(digits, whol
     flags = result["flags"]
     assert result["robust_acc"] <= result["clean_acc"]
     assert result["attack"]["eot"] == 2 and len(flags) == 1 and flags[0].startswith("random output")
+    assert {name: a["eot"] for name, a in result["attacks"].items()} == dict(fgsm=1, ifgsm=1, margin=2)
 
 
 def test_sparsity_counts_zeros_and_dead_input_channels_pooled():
@@ -1695,8 +1795,8 @@ def test_relax_run_writes_a_smaller_file_of_few_values(whole, tmp_path, bits):
     if result["channel_sparsity"] == 0:
         assert abs(result["sparsity"] - 100 * zero / count) < 0.01
     assert result["fgsm_acc"] <= result["clean_acc"]
-    assert {k: (a["loss"], a["num_steps"], a["random_start"]) for k, a in result["attacks"].items()} == dict(
-        fgsm=("ce", 1, False), ifgsm=("ce", 20, False), margin=("margin", 20, False))
+    assert {k: (a["losses"], a["num_steps"], a["random_start"]) for k, a in result["attacks"].items()} == dict(
+        fgsm=(["ce"], 1, False), ifgsm=(["ce"], 20, False), margin=(["margin"], 20, False))
     assert result["args"]["relax_lr"] == result["args"]["lr"] / 2
     assert result["bytes"] == os.path.getsize(folder / "model.pt")
     assert (result["bytes"] < result["dense_bytes"]) == (bits < 32)
@@ -1741,7 +1841,7 @@ def test_relax_quantises_the_networks_of_common_from_a_dense_one(whole, finished
 
 @pytest.mark.parametrize("more", [
     "--method bc", "--bits 1", "--bits 4", "--bits 32", "--adv-weight 1", "--nat-weight 0", "--noise 0.1",
-    "--members 2", "--depth 14", "--relax-epochs 1", "--relax-lr 0.001", "--ramp-epochs 3",
+    "--members 2", "--depth 14", "--relax-epochs 1", "--relax-lr 0.001", "--ramp-epochs 5",
     "--momentum 0.5", "--weight-decay 0.1"])
 def test_relax_flags_do_something(whole, tmp_path, monkeypatch, more):
     before = whole(binary_relax)[0]
@@ -1750,6 +1850,9 @@ def test_relax_flags_do_something(whole, tmp_path, monkeypatch, more):
     states = weights_of(before / "model.pt"), weights_of(tmp_path / "run/model.pt")
     assert states[0].keys() != states[1].keys() or not all(torch.equal(v, states[1][k])
                                                            for k, v in states[0].items())
+    lines = [json.loads(line) for line in open(tmp_path / "run/log.jsonl")]
+    if "ramp" in more:                                           # over all three phases
+        assert [line["strength"] for line in lines if "strength" in line] == [0.2, 0.4, 0.6, 0.8, 1, 1]
 
 
 # ---------------------------------------------------------------- runs end to end
@@ -1847,8 +1950,25 @@ def test_pretrained_network_skips_the_first_phase(finished, tmp_path):
     ("--finetune-lr", "0.001"), ("--weight-decay", "0.1"), ("--momentum", "0.5"), ("--finetune-epochs", "0")])
 def test_cstar_flags_do_something(finished, tmp_path, monkeypatch, more):
     unevaluated(monkeypatch)
-    tiny(tmp_path / "run", *more)
+    said = tiny(tmp_path / "run", *more)
     assert not same_weights(finished[0] / "model.pt", tmp_path / "run/model.pt")
+    rho = {"--admm-epochs": None, "--rho": 0.1, "--admm-lr": 75, "--momentum": 7.5}.get(more[0], 1.5)
+    assert said["rho"] == (rho and pytest.approx(rho))           # 3 (1 - momentum) / (rate * 4 steps)
+    found = [[line["residual"] for line in map(json.loads, open(folder / "log.jsonl")) if "residual" in line]
+             for folder in (finished[0], tmp_path / "run")]
+    assert found[0] != found[1] or more[0].startswith("--finetune")
+
+
+@pytest.mark.parametrize("script", [cstar, admm_prune])
+def test_admm_that_did_not_converge_is_told_by_its_smallest_residual(script, tmp_path, monkeypatch):
+    def update(admm):
+        admm.residuals.append([0.5, 0.2, 0.4][len(admm.residuals)])
+        return admm.residuals[-1] if script is cstar else (admm.residuals[-1], 0.0)
+    monkeypatch.setattr(script.ADMM, "update", update)
+    unevaluated(monkeypatch)
+    tiny(tmp_path / "run", *"--admm-epochs 3 --pretrain-epochs 0 --finetune-epochs 0 --num-steps 0".split(),
+         script=script)
+    assert "the residual grew" in (tmp_path / "run/log.jsonl").read_text()
 
 
 @pytest.mark.parametrize("more", [
@@ -1898,27 +2018,69 @@ def test_hydra_flags_do_something(whole, tmp_path, monkeypatch, more):
 
 @pytest.mark.parametrize("sent, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_stops_at_once_and_says_how_to_continue(tmp_path, sent, status):
-    process = spawn("cstar.py", *TINY, "--pretrain-epochs", "500", "--output", tmp_path / "run")
+    folder = tmp_path / "\udcff"                                 # a name that no terminal can print
+    folder.mkdir()
+    (folder / "last.pt.123.tmp").touch()                         # of a process that was killed while it wrote
+    process = spawn("cstar.py", *TINY, "--pretrain-epochs", "500", "--output", folder)
     for line in process.stdout:
         if "epoch:1 " in line:
             break
     process.send_signal(sent)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == status and errors.count("\n") == 1 and "--resume" in errors
-    assert (tmp_path / "run/last.pt").is_file() and not list((tmp_path / "run").glob("*.tmp"))
+    assert common.read_file(folder / "last.pt")["phase"] == "pretrain" and not list(folder.glob("*.tmp"))
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_counts_to_its_total_and_tells_the_time_that_is_left(robust, digits, monkeypatch):
+    seconds = itertools.count()
+    monkeypatch.setattr(time, "time", lambda: next(seconds))
+    noisy = Wrapped(robust, lambda model, x: model(x + 0.01 * torch.randn_like(x)))
+    with contextlib.redirect_stderr(Terminal()) as errors:
+        assert list(common.progress("abcd", "letters", 4, 7198)) == list("abcd")
+        for model in (robust, noisy):
+            common.evaluate(model, digits.test, epsilon=0.1, step_size=0.1, num_steps=1, eot=1)
+        judges.smoothing_curve(robust, digits.test, sigma=0.25, count=3, draws=100)
+    lines = re.findall(r"K(\w[\w /]*): (\d+)/(\d+)(.*?)\r", errors.getvalue())
+    assert (lines[1], errors.getvalue()[-4:]) == (("letters", "2", "4", ", 4:00:02 to go"), "\r\033[K")
+    counts = {}
+    for label, i, total, _ in lines:
+        counts.setdefault(label, []).append((int(i), int(total)))
+    assert set(counts) == {"letters", "clean images", "attack 1/2", "attack 2/2", "certified images"}
+    assert all(found == [(i + 1, found[0][1]) for i in range(found[0][1])] * (2 if "attack" in label else 1)
+               for label, found in counts.items())
 
 
 # ---------------------------------------------------------------- wrong input
 
-def run_cli(main, argv, monkeypatch):
+def run_cli(main, argv, monkeypatch, stderr=io.StringIO):
     """(exit status, stderr) of a script called with these arguments, and of any traceback: none is wanted."""
-    errors = io.StringIO()
+    errors = stderr()
     monkeypatch.setattr(sys, "argv", ["cstar.py", *argv])
     before, out = signal.getsignal(signal.SIGTERM), contextlib.redirect_stdout(io.StringIO())
     with contextlib.redirect_stderr(errors), out, pytest.raises(SystemExit) as stop:
         common.cli(main)
     signal.signal(signal.SIGTERM, before)
-    return stop.value.code, errors.getvalue()
+    return stop.value.code, errors and errors.getvalue()
+
+
+def test_whatever_ends_a_program_is_one_line(monkeypatch):
+    def interrupted():
+        for _ in common.progress(range(3), "pretrain 1/2", 3):
+            raise KeyboardInterrupt
+    monkeypatch.setattr(common.Run, "active", common.Run)
+    status, errors = run_cli(interrupted, ["--seed", "3"], monkeypatch, Terminal)
+    assert status == 130 and errors.count("\n") == 1
+    assert errors.rpartition("\r\033[K")[2].startswith("cstar.py: stopped") and "--seed 3 --resume" in errors
+    for main in (lambda: torch.empty(10**15), lambda: np.empty(10**15)):
+        status, errors = run_cli(main, [], monkeypatch)
+        assert status == 1 and errors.count("\n") == 1 and "out of memory" in errors
+    assert run_cli(lambda: cstar.main(["--epsilon", "8"]), [], monkeypatch, lambda: None)[0] == 2   # `2>&-`
+    assert run_cli(interrupted, [], monkeypatch, lambda: None)[0] == 130
 
 
 def assert_refused(script, flags, words, tmp_path, monkeypatch):
@@ -1939,9 +2101,11 @@ def assert_refused(script, flags, words, tmp_path, monkeypatch):
     ("--train-images 5", "--train-images.*5 is not"), ("--pretrained nowhere.pt", "nowhere.pt"),
     ("--pretrained x.pt --pretrain-epochs 3", "--pretrain-epochs.*--pretrained"),
     ("--dataset mydata", "mydata.*--epsilon"), ("--dataset mydata --epsilon 8/255", "mydata"),
-    ("--rank-rule best", "--rank-rule")])
+    ("--rank-rule best", "--rank-rule"), ("--ramp-epochs 3 --pretrained x.pt", "--ramp-epochs: 3 is more"),
+    ("--admm-epochs 0 --rho 1", "--rho: does nothing"), ("--admm-epochs 0 --admm-lr 1", "--admm-lr: does not")])
 def test_wrong_flags_are_one_line_exit_2_and_write_nothing(tmp_path, monkeypatch, flags, words):
     assert_refused(cstar, flags, words, tmp_path, monkeypatch)
+    assert_refused(judges, "x.pt --smoothing-draws 200", "--smoothing-draws: does", tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -1952,7 +2116,9 @@ def test_wrong_flags_are_one_line_exit_2_and_write_nothing(tmp_path, monkeypatch
     ("--mode scratch --target-width 2 --pretrained x.pt", "--pretrained.*scratch"),
     ("--group-residual --arch lenet", "--group-residual"), ("--scheme kernel", "--scheme"),
     ("--group-residual --scheme column", "--group-residual"), ("--rho-growth 0.5", "--rho-growth"),
-    ("--rho 20 --rho-growth 2", "--rho-max")])
+    ("--rho 20 --rho-growth 2", "--rho-max"), ("--rho-max 2", "--rho-max: does nothing"),
+    ("--mode post --rho 1", "--rho: does nothing"), ("--admm-epochs 0 --admm-lr 1", "--admm-lr: does nothing"),
+    ("--mode ticket --ticket x.pt --finetune-lr 1", "--finetune-lr: does nothing")])
 def test_admm_wrong_flags_are_one_line_exit_2_and_write_nothing(tmp_path, monkeypatch, flags, words):
     assert_refused(admm_prune, flags, words, tmp_path, monkeypatch)
 
@@ -1962,7 +2128,10 @@ def test_admm_wrong_flags_are_one_line_exit_2_and_write_nothing(tmp_path, monkey
     ("--objective crown-ibp --amp on", "float32"), ("--scores random", "--scores"),
     ("--objective crown-ibp --compile", "torch.compile"),
     ("--scheme column", "--scheme"), ("--final-share 2", "--final-share"), ("--ramp-epochs 99", "99 is more than the 15"),
-    ("--objective mixtrain", "--objective"), ("--sigma 0", "--sigma")])
+    ("--objective mixtrain", "--objective"), ("--sigma 0", "--sigma"), ("--beta 1", "--beta: does nothing"),
+    ("--scores lwm --prune-lr 1", "--prune-lr: does"), ("--prune-epochs 0 --prune-lr 1", "--prune-lr: does"),
+    ("--objective crown-ibp --momentum 0.5", "--momentum: does"), ("--objective trades --sigma 1", "--sigma: d"),
+    ("--objective smooth --final-share 1", "--final-share: does nothing")])
 def test_hydra_wrong_flags_are_one_line_exit_2_and_write_nothing(tmp_path, monkeypatch, flags, words):
     assert_refused(hydra_prune, flags, words, tmp_path, monkeypatch)
 
@@ -2017,7 +2186,9 @@ def test_files_of_other_content_are_refused(whole, finished, tmp_path):
     artifact = common.read_model(finished[0] / "model.pt")[0]
     changes = {"a script": dict(script="../evil"), "not beside": dict(script="nothing_here"),
                "damaged or not.*format 1": dict(format=1), "damaged or": dict(shapes=[1]),
-               "not finite": dict(values=artifact["values"] * math.nan),
+               "not finite": dict(values=artifact["values"] * math.nan), "its maker|network it": dict(network={}),
+               "r not a file of these": dict(values=[1.0]), "fit the network it names": dict(counters={"a": 1}),
+               "it names .": dict(shapes=artifact["shapes"] | {"bn1.weight": "x"}),
                "does not fit": dict(network=artifact["network"] | {"width": 2}),
                "fit the network": dict(ranks=artifact["ranks"] | {"layer4.1.conv2": (7, 5)}),
                "values for": dict(values=torch.cat([artifact["values"]] * 2)),
@@ -2042,6 +2213,14 @@ def test_files_that_cannot_be_read_back_are_refused_at_once(finished, tmp_path, 
     (tmp_path / "run/result.json").write_text('{"args"')
     status, errors = run_cli(cstar.main, [*TINY, "--output", str(tmp_path / "run")], monkeypatch)
     assert status == 1 and errors.count("\n") == 1 and "result.json does not fit a run" in errors
+    (tmp_path / "run/result.json").unlink()
+    last = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    for change in (dict(phase="prune"), dict(epoch=3), dict(epoch=-1), dict(epoch="1"), dict(states=[]),
+                   dict(states={}), dict(random={}), dict(states=dict(model={}, optimizer=3, schedule=None))):
+        torch.save(last | change, tmp_path / "run/last.pt")
+        argv = [*TINY, "--output", str(tmp_path / "run"), "--resume"]
+        status, errors = run_cli(cstar.main, argv, monkeypatch)
+        assert status in (1, 2) and errors.count("\n") == 1 and re.search("last.pt|--device", errors), change
     args, data = cstar.get_args([*TINY, "--output", str(tmp_path / "new")]), None
     for script in ("my-cstar.py", "/elsewhere/nothing_here.py"):
         with pytest.raises(common.UsageFault, match="beside common.py"):
@@ -2056,6 +2235,7 @@ def test_files_that_cannot_be_read_back_are_refused_at_once(finished, tmp_path, 
 
 @pytest.mark.parametrize("spoil, words", [
     (lambda root: (root / "train/ant/0.png").write_text("no image"), "ant/0.png cannot be read"),
+    (lambda root: (root / "test/ant/0.png").write_bytes(b"P5 20000 20000 255\n"), "ant/0.png cannot be.*bomb"),
     (lambda root: write_images(root / "x", size=(4, 4))
      or os.replace(root / "x/train/ant/0.png", root / "test/bee/0.png"), "bee/0.png has 4x4 pixels, .*8x8"),
     (lambda root: (root / "test/ant/nested").mkdir(), "ant/nested cannot be read"),
@@ -2111,7 +2291,7 @@ def test_rate_rises_and_falls_over_any_number_of_steps(steps):
 def test_diverged_training_stops_with_a_sentence(tmp_path, monkeypatch):
     more = "--lr 10 --weight-decay 1 --pretrain-epochs 50".split()
     status, errors = run_cli(cstar.main, [*TINY, *more, "--output", str(tmp_path / "run")], monkeypatch)
-    assert status == 1 and errors.count("\n") == 1 and "diverged" in errors
+    assert status == 1 and errors.count("\n") == 1 and re.search(r": pretrain \d+/50: .*diverged", errors)
     assert not (tmp_path / "run/result.json").exists()
 
 
@@ -2122,35 +2302,135 @@ def test_two_processes_do_not_share_a_folder(tmp_path, monkeypatch):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
         status, errors = run_cli(cstar.main, [*TINY, "--output", str(tmp_path)], monkeypatch)
     assert status == 2 and "another process" in errors
+    for name, content in (("model.pt", ""), ("dense.pt", ""), ("log.jsonl", "one\ntwo\n")):      # someone's
+        folder = tmp_path / f"of {name}"
+        folder.mkdir()
+        (folder / name).write_text(content)
+        status, errors = run_cli(cstar.main, [*TINY, "--output", str(folder)], monkeypatch)
+        assert status == 2 and errors.count("\n") == 1 and "no last.pt" in errors
+        assert [p.read_text() for p in folder.iterdir()] == [content]
 
 
 # ---------------------------------------------------------------- commands and documents
 
-def test_compare_joins_seeds_and_draws(finished, tmp_path, capsys):
-    result = tiny(tmp_path / "other", "--seed", "1")
-    text = (tmp_path / "other/result.json").read_text()
-    (tmp_path / "other/result.json").write_text(text.replace('"ratio": 4.0', '"ratio": 4'))
-    capsys.readouterr()
-    pytest.importorskip("matplotlib")
-    picture = tmp_path / "picture.png"
-    judged = {k: result[k] for k in ("script", "bytes", "attack")} | dict(
+def write_run(folder, result, dense=(), args=(), **changes):
+    """A finished run that differs from `result` in what is given."""
+    folder.mkdir(exist_ok=True)
+    result = result | changes | dict(dense=result["dense"] | dict(dense), args=result["args"] | dict(args))
+    (folder / "result.json").write_text(json.dumps(result))
+    return str(folder)
+
+
+def test_compare_joins_seeds_and_leaves_out_what_is_damaged(finished, tmp_path, capsys, monkeypatch):
+    result = finished[1]
+    same = dict(result, clean_acc=50.0, robust_acc=20.0, bytes=1000, bytes_ratio=8.0, latency_ms={
+        name: dict(dense=6.0, compact=4.0) for name in ("batch_1", "batch_128")})
+    folders = [write_run(tmp_path / "zero", same),
+               write_run(tmp_path / "one", same, robust_acc=41.0, bytes=3000, bytes_ratio=6.0,
+                         attack=same["attack"], args=dict(seed=1, ratio=4, pretrained=None))]
+    found = {k: same[k] for k in ("script", "bytes", "attack")} | dict(
         dataset="digits", robust_acc=45.0, autoattack_acc=41.23, autoattack_ci=[27.0, 56.8], images=40)
-    (tmp_path / "other/evaluate-autoattack.json").write_text(json.dumps(judged))
-    common.main(["compare", str(finished[0]), str(tmp_path / "other"), "--plot", str(picture)])
-    rows = capsys.readouterr().out.strip().splitlines()
-    assert "| seed 1: 41.2, 27.0 to 56.8; PGD 45.0; 40 images |" in rows[2] and "AutoAttack" in rows[0]
-    assert len(rows) == 3 and "2 seeds" in rows[2] and len({row.count("|") for row in rows}) == 1
-    assert picture.stat().st_size > 1000
-    others = [json.dumps(judged | other) for other in ({"bytes": 1}, {"dataset": "mnist"}, {"script": "x"})]
+    (tmp_path / "zero/evaluate-autoattack.json").write_text(json.dumps(found))
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn/result.json").write_text('{"script": "cst')
+    compare.main([*folders, str(tmp_path / "torn"), str(tmp_path / "absent"), "--commands"])
+    out, errors = capsys.readouterr()
+    head, _, row, dense, *folded = out.splitlines()
+    assert row == ("| low rank, 4x, ADMM | 2,000 (1,000 to 3,000), 7.0x | 50.0 | 30.5 (20.0 to 41.0; 2 seeds) | "
+                   "seed 0: 41.2 (27.0 to 56.8); PGD 45.0; 40 images | 1.5 | none |").replace(
+                       "none", "; ".join(sorted({f.partition(":")[0] for f in result["flags"]})) or "none")
+    assert dense.startswith(f"| dense | {result['dense_bytes']:,}, 1.0x | {result['dense']['clean_acc']:.1f} | ")
+    assert len({line.count("|") for line in (head, row, dense)}) == 1 and "AutoAttack" in head
+    assert errors.count("left out: ") == errors.count("\n") == 2 and "torn" in errors and "absent" in errors
+    assert folders[0] in folded[3] and folders[1] in folded[3] and result["command"] in folded[4]
+    others = [json.dumps(found | other) for other in ({"bytes": 1}, {"dataset": "mnist"}, {"script": "x"})]
     for damaged, reason in [*((other, "another file") for other in others), ("", "Expecting value")]:
-        (tmp_path / "other/evaluate-autoattack.json").write_text(damaged)
-        common.main(["compare", str(finished[0]), str(tmp_path / "other")])
+        (tmp_path / "zero/evaluate-autoattack.json").write_text(damaged)
+        compare.main(folders)
         out, errors = capsys.readouterr()
         assert reason in errors and "AutoAttack" not in out and "2 seeds" in out
-    (tmp_path / "other/result.json").write_text(json.dumps(result | {"latency_ms": {}}))
-    common.main(["compare", str(finished[0]), str(tmp_path / "other")])
-    out, errors = capsys.readouterr()
-    assert "left out" in errors and "2 seeds" not in out
+    for change in dict(latency_ms={}), dict(robust_ci=None), dict(flags=None), dict(nonzeros=0):
+        write_run(tmp_path / "torn", same, args=dict(seed=2), **change)
+        compare.main([*folders, str(tmp_path / "torn")])
+        assert "left out" in capsys.readouterr().err
+    for argv, status, reason in (
+            [folders[:1] * 2, 1, "two of one seed"], [[str(tmp_path / "torn")], 1, "finished run"], [[], 2, "fold"],
+            [[*folders, "--columns", "bytes,x"], 2, "x is not one"], [[*folders, "--plot", "a.txt"], 2, "end in"],
+            [[*folders, "--columns", ",".join(["bytes"] * 9)], 2, "8"], [[*folders, "--refresh", "R"], 2, "give"]):
+        assert (said := run_cli(compare.main, argv, monkeypatch))[0] == status and reason in said[1]
+
+
+def test_compare_names_rows_as_a_person_does(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args, base = finished[1]["args"], {k: finished[1]["args"][k] for k in ("dataset", "width", "seed")}
+    admm, hydra = (base | dict(scheme=s, ratio=10.0, finetune_epochs=3) for s in ("filter", "irregular"))
+    relax = base | dict(relax_epochs=4, finetune_epochs=2, method="br")
+    expected = {
+        "low rank, 4x, ADMM": args, "low rank, 4x, one-shot": args | dict(admm_epochs=0),
+        "low rank, 4x, bare cut": args | dict(admm_epochs=0, finetune_epochs=0),
+        "low rank, uniform ranks, 4x, ADMM": args | dict(rank_rule="uniform"),
+        "low rank, 4x, ADMM, not fine-tuned": args | dict(finetune_epochs=0, lr=0.1, admm_lr=0.7),
+        "filters, 10x, ADMM": admm | dict(mode="admm", admm_epochs=3),
+        "filters, 10x, one-shot": admm | dict(mode="post", admm_epochs=3),
+        "filters, width 1 to 1, lottery ticket": admm | dict(mode="ticket", admm_epochs=3, target_width=1),
+        "width 1, from scratch": admm | dict(mode="scratch", admm_epochs=3, target_width=1),
+        "single weights, 10x, HYDRA scores": hydra | dict(scores="hydra", objective="pgd", prune_epochs=2),
+        "single weights, 10x, lowest magnitudes, TRADES":
+            hydra | dict(scores="lwm", objective="trades", prune_epochs=2),
+        "1 bit, BinaryConnect": relax | dict(bits=1, method="bc"), "4 bits": relax | dict(bits=4),
+        "float, 6 more epochs": relax | dict(bits=32)}
+    for i, (label, changed) in enumerate(expected.items()):
+        write_run(tmp_path / f"run{i}", finished[1] | dict(args=changed))
+    rows = compare.main(["run*"])
+    assert {label for label, _ in rows} == {*expected, "dense"}
+    assert not capsys.readouterr().err
+    # Flags that differ and are in no word are added, and the losses of old and new attacks; all flags where two
+    # rows would have one name; of the dense networks those that shaped them.
+    old = {k: v for k, v in finished[1]["attack"].items() if k != "losses"} | dict(loss="ce")
+    write_run(tmp_path / "other", finished[1], args=dict(momentum=0.5, width=2), dense=dict(clean_acc=1.0))
+    write_run(tmp_path / "third", finished[1], args=dict(admm_lr=0.7), attack=old)
+    loss, rate = "+".join(finished[1]["attack"]["losses"]), f"{args['momentum']:g}"
+    assert {label for label, _ in compare.main(["run0", "other", "third"])} == {
+        f"low rank, 4x, ADMM, loss={loss}, momentum={rate}, width=1", "dense, width=1", "dense, width=2",
+        f"low rank, 4x, ADMM, loss={loss}, momentum=0.5, width=2",
+        f"low rank, 4x, ADMM, loss=ce, momentum={rate}, width=1"}
+    write_run(tmp_path / "third", finished[1], args=dict(admm_lr=0.7))
+    assert {label for label, _ in compare.main(["run0", "third"])} == {
+        "dense", "low rank, 4x, ADMM, admm_lr=0.7", f"low rank, 4x, ADMM, admm_lr={args['admm_lr']:g}"}
+
+
+def test_compare_refresh_changes_nothing_here_and_repairs_a_table(tmp_path, capsys, monkeypatch):
+    texts = {name: (HERE / name).read_text() for name in ("README.md", "results/README.md")}
+    copies = {tmp_path / name.replace("/", "-"): text for name, text in texts.items()}
+    monkeypatch.chdir(tmp_path)                                  # folders are as seen from the repository's
+
+    def refresh():
+        compare.main(["--refresh", *map(str, copies)])
+        assert all(path.read_text() == text for path, text in copies.items())
+        return capsys.readouterr().out
+    for path, text in copies.items():
+        path.write_text(text)
+    assert refresh().count("no tables changed") == 2
+    for path, text in copies.items():
+        rows = re.findall(r"\| (?:1 bit|4 bits) \|[^\n]*\n", text)
+        text = text.replace(rows[0], rows[0].replace("1", "7", 3)).replace(rows[-1], "")
+        path.write_text(re.sub(r"\n<details>.*?</details>\n", "", text, count=1, flags=re.S))
+    assert re.findall("[0-9]+ table", refresh()) != []
+    first = next(iter(copies))
+    first.write_text(re.sub(r"```\n\n(\|[^\n]*\n)+\n\* Fewer", "```\n\n* Fewer", first.read_text()))
+    assert first.read_text() != copies[first] and "1 table changed" in refresh()         # one that was never there
+
+
+def test_compare_draws_and_the_picture_is_that_of_readmes_table(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+    monkeypatch.chdir(HERE)
+    command, = (line for line in commands_of("README.md") if "compare.py" in line)
+    folders = [str(path) for pattern in shlex.split(command)[2:] for path in sorted(Path().glob(pattern))]
+    rows = compare.main([*folders, "--plot", str(tmp_path / "picture.png")])
+    drawn = Image.open(tmp_path / "picture.png").text["Title"]
+    assert drawn == Image.open("results/table.png").text["Title"], f"run: {command} --plot results/table.png"
+    assert len(drawn.split("; ")) == len(rows) and "4 bits: 418721 31.7" in drawn and "dense: " in drawn
 
 
 def test_saved_for_backward_counts_each_tensor_once():
@@ -2200,36 +2480,41 @@ def test_every_label_of_a_docstring_stands_in_the_code(script):
     assert len(labels) >= 4 and labels == set(re.findall(r"\[[A-Z]\]", code))
 
 
-def readme_commands():
-    text = (HERE / "README.md").read_text()
+def commands_of(name):
+    text = (HERE / name).read_text()
     blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    lines = [re.split(" #| > ", line)[0].strip() for block in blocks for line in block.splitlines()]
     return [part.strip() for line in lines for part in line.split("&&") if part.strip().startswith("python ")]
 
 
-def test_readme_commands_parse_and_its_tables_are_what_compare_prints(capsys, monkeypatch):
-    monkeypatch.chdir(HERE)
-    text, commands = (HERE / "README.md").read_text(), readme_commands()
-    assert len(commands) >= 4
+@pytest.mark.parametrize("name", ["README.md", "results/README.md"])
+def test_readme_commands_parse_and_its_tables_have_at_most_8_columns(name):
+    text, commands = (HERE / name).read_text(), commands_of(name)
+    assert len(commands) >= 4 and "common.py " not in text
     for command in commands:
         _, script, *argv = shlex.split(command)
-        if script == "common.py" and argv[0] == "compare":
-            folders = [f for pattern in argv[1:] for f in sorted(map(str, Path().glob(pattern)))]
-            capsys.readouterr()
-            common.main(["compare", *folders])
-            assert all(line in text for line in capsys.readouterr().out.strip().splitlines())
-        elif script == "common.py":
-            assert Path(argv[1]).is_file()
-        elif script != "-m":
-            importlib.import_module(script.removesuffix(".py")).get_args([*argv, "--device", "cpu"])
+        if script != "-m":
+            module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+            more = ["--device", "cpu"] if module is not compare else []
+            args = module.get_args([*argv, *more])
+            assert not getattr(args, "model", "").startswith("results/") or (HERE / args.model).is_file()
+    assert max(line.count("|") - line.count("\\|") for line in text.splitlines() if line[:1] == "|") <= 9
+
+
+def test_readme_begins_with_the_three_commands_that_ci_runs_and_is_short():
+    text = (HERE / "README.md").read_text()
+    first = re.search(r"```sh\n(.*?)```", text, re.S)[1].splitlines()
+    assert [re.split(r"[/ ]", line)[0] for line in first] == ["pip", "python", "python"] and len(first) == 3
+    assert "pytest" in first[1] and "tools/evaluate.py results/" in first[2]
+    assert len(text.splitlines()) <= 200 and max(map(len, re.sub(r"(?m)^[|@].*", "", text).splitlines())) < 130
 
 
 def test_results_are_one_table_in_which_no_run_stands_twice(capsys, monkeypatch):
     monkeypatch.chdir(HERE)
     folders = sorted(str(path.parent) for path in Path("results").glob("*/result.json"))
-    rows = common.main(["compare", *folders])
-    assert sorted(run["folder"] for runs in rows for run in runs) == folders
-    assert not capsys.readouterr().err
+    table = compare.main(folders)
+    assert sorted(run["folder"] for _, runs in table for run in runs if "folder" in run) == folders
+    assert len({label for label, _ in table}) == len(table) and not capsys.readouterr().err
 
 
 def test_readme_snippet_classifies_an_image(capsys, monkeypatch, digits):
