@@ -2384,16 +2384,16 @@ def test_compare_names_rows_as_a_person_does(finished, tmp_path, capsys, monkeyp
     rows = compare.main(["run*"])
     assert {label for label, _ in rows} == {*expected, "dense"}
     assert not capsys.readouterr().err
-    # Flags that differ and are in no word are added, and the losses of old and new attacks; all flags where two
-    # rows would have one name; of the dense networks those that shaped them.
-    old = {k: v for k, v in finished[1]["attack"].items() if k != "losses"} | dict(loss="ce")
+    # Added are flags that differ and are in no word, and the losses of the attack, which older files call loss;
+    # where two rows would have one name all flags; to a dense network's name those that shaped it.
+    old = {k: v for k, v in finished[1]["attack"].items() if k != "losses"} | dict(loss="margin")
     write_run(tmp_path / "other", finished[1], args=dict(momentum=0.5, width=2), dense=dict(clean_acc=1.0))
     write_run(tmp_path / "third", finished[1], args=dict(admm_lr=0.7), attack=old)
     loss, rate = "+".join(finished[1]["attack"]["losses"]), f"{args['momentum']:g}"
     assert {label for label, _ in compare.main(["run0", "other", "third"])} == {
         f"low rank, 4x, ADMM, loss={loss}, momentum={rate}, width=1", "dense, width=1", "dense, width=2",
         f"low rank, 4x, ADMM, loss={loss}, momentum=0.5, width=2",
-        f"low rank, 4x, ADMM, loss=ce, momentum={rate}, width=1"}
+        f"low rank, 4x, ADMM, loss=margin, momentum={rate}, width=1"}
     write_run(tmp_path / "third", finished[1], args=dict(admm_lr=0.7))
     assert {label for label, _ in compare.main(["run0", "third"])} == {
         "dense", "low rank, 4x, ADMM, admm_lr=0.7", f"low rank, 4x, ADMM, admm_lr={args['admm_lr']:g}"}
