@@ -13,6 +13,7 @@ kind sh with a line `python tools/compare.py FOLDERS ...`, as seen from the repo
 the table after the block by what that command prints; it draws no picture.
 """
 import contextlib
+import glob
 import importlib.util
 import json
 import re
@@ -80,8 +81,6 @@ def read_run(folder, base):
     run["flags"] = [flag.partition(":")[0] for flag in run["flags"]]
     ratios = dict.fromkeys(["bytes_ratio", "macs_ratio", "nonzeros_ratio", "speed", "speed1"], 1)
     run["dense"] |= dict(args=run["args"], bytes=run["dense_bytes"], flags=None, **ratios)
-    for accuracy in run, run["dense"]:                           # what every table needs
-        float(accuracy["clean_acc"] + accuracy["robust_acc"] + sum(accuracy["robust_ci"]))
     kept = base / folder / "evaluate-autoattack.json"
     with contextlib.suppress(FileNotFoundError):
         try:
@@ -94,6 +93,9 @@ def read_run(folder, base):
                                  f"{found['robust_acc']:.1f}; {found['images']:,} images")
         except (ValueError, KeyError, TypeError) as fault:
             print(f"left out: {kept} ({first_line(fault)})", file=sys.stderr)
+    for row in run, run["dense"]:                                # what is damaged fails here, not in a table
+        "".join([run["command"], *method_of(run), *(cell(column, "", [row]) for column in COLUMNS)])
+        mean([row["clean_acc"], row["robust_acc"], row["bytes"], row["bytes_ratio"], *row["robust_ci"]])
     return run
 
 
@@ -113,12 +115,10 @@ def same_but_seed(patterns, base):
     Fault if there is none, or two have one seed."""
     rows = {}
     for pattern in patterns:
-        for path in sorted(base.glob(pattern)) if re.search(r"[*?[]", pattern) else [base / pattern]:
-            folder = str(path.relative_to(base) if path.is_relative_to(base) else path)
+        for folder in sorted(glob.glob(pattern, root_dir=base)) or [pattern]:
             try:
                 run = read_run(folder, base)
-                row, _ = json.dumps(flags_of(run), sort_keys=True), method_of(run)
-                rows.setdefault(row, []).append(run)
+                rows.setdefault(json.dumps(flags_of(run), sort_keys=True), []).append(run)
             except (OSError, ArithmeticError, ValueError, LookupError, TypeError, AttributeError) as fault:
                 print(f"left out: {folder} holds no readable result.json ({fault})", file=sys.stderr)
     if not rows:
