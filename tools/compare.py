@@ -37,13 +37,12 @@ COLUMNS = {                                                      # name: (head, 
     "speed1": ("times faster, batch 1", "speed1"), "flags": ("flags", "flags")}
 SCHEMES = {"filter": "filters", "column": "columns", "irregular": "single weights"}
 MODES = {"scratch": "from scratch", "ticket": "lottery ticket"}
-OBJECTIVES = {"natural": "clean training", "trades": "TRADES", "crown-ibp": "CROWN-IBP",
-              "smooth": "smoothing"}
+OBJECTIVES = {"natural": "clean images", "trades": "TRADES", "crown-ibp": "CROWN-IBP", "smooth": "smoothing"}
 OF_SEED = {"seed", "pretrained", "ticket"}                       # flags that may differ with the seed
 FIRST_PHASE = {"admm_epochs", "prune_epochs", "relax_epochs"}
 UNSAID = FIRST_PHASE | {                                         # flags in words, or that follow from others
-    "script", "ratio", "bits", "rank_rule", "scheme", "mode", "target_width", "scores", "objective", "method",
-    "finetune_epochs", "admm_lr", "prune_lr", "relax_lr", "finetune_lr", "step_size"}
+    "script", "ratio", "bits", "budget", "rank_rule", "scheme", "mode", "target_width", "scores", "objective",
+    "method", "finetune_epochs", "admm_lr", "prune_lr", "relax_lr", "finetune_lr", "step_size"}
 OF_DENSE = {                                                     # flags that shape the dense network
     "script", "dataset", "arch", "width", "train_images", "pretrain_epochs", "batch_size", "lr", "amp",
     "epsilon", "num_steps", "ramp_epochs", "objective", "adv_weight", "nat_weight", "noise"}
@@ -145,14 +144,13 @@ def method_of(run):
         first, last = 0, first + last
     what = SCHEMES.get(args.get("scheme"), "low rank" if "rank_rule" in args else run["script"])
     what += ", uniform ranks" * (args.get("rank_rule") == "uniform")
-    far = f"{args['ratio']:g}x"
+    far = f"{args['ratio']:g}x" + " fewer MACs" * (args.get("budget") == "macs")
     if args.get("target_width") and what == "filters":
         far = f"width {args['width']} to {args['target_width']}"
     how = ("one-shot", "ADMM") if "scores" not in args else ("lowest magnitudes", "HYDRA scores")
-    how = MODES.get(mode) or (how[bool(first)] if first + last else "bare cut")
-    how += ", not fine-tuned" * bool(first and not last) + ", {}".format(
-        OBJECTIVES.get(args.get("objective"))) * (args.get("objective", "pgd") != "pgd")
-    return what, far, how
+    how = [MODES.get(mode) or (how[bool(first)] if first + last else "bare cut"),
+           "not fine-tuned" if first and not last else "", OBJECTIVES.get(args.get("objective"))]
+    return what, far, ", ".join(filter(None, how))
 
 
 def named(words, flags, unsaid=frozenset()):
@@ -234,7 +232,7 @@ def render(args, base):
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     if args.commands:
         text += "\n<details><summary>Folders and commands of the rows</summary>\n\n" + "".join(
-            f"* {label}: {', '.join(run['folder'] for run in runs)}{'; the first' * (len(runs) > 1)}\n"
+            f"* {label}: {', '.join(run['folder'] for run in runs)}{' (the first)' * (len(runs) > 1)} by\n"
             f"  `{runs[0]['command']}`\n" for label, runs in table if "folder" in runs[0]) + "\n</details>\n"
     return table, text
 
