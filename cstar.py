@@ -19,7 +19,8 @@ S, C, k: output and input channels, kernel. A 1x1 kernel or linear layer is a ma
 Sources. The paper's body was not available: from its abstract come [A], low rank in one framework
 with robustness, ranks determined globally, and ratios 2 to 64. [B] and [E] to [H] are those of the same
 group's Tucker-2 ADMM code (Yin et al., CVPR 2021), with the adversarial loss put in. [C], [D], the rule for
-rho and every epoch count are our reconstruction. The first convolution and the classifier stay dense.
+rho and every epoch count are our reconstruction; ours are --budget macs and a floor in [D], which no rank is
+below unless the budget is too small for it. The first convolution and the classifier stay dense.
 
   python cstar.py --dataset digits                     two minutes on two CPU cores, no network
   python cstar.py --arch resnet18 --ratio 16           CIFAR-10 at full width, for a GPU
@@ -32,9 +33,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (Fault, Run, UsageFault, autocast, build_network, cli, load_data, load_pretrained,
-                    network_of, number, pgd, prepare, ramp, rate, resolve, save_model, script_parser,
-                    sgd, whole)
+from common import (Fault, Run, UsageFault, autocast, build_network, cli, evaluating, load_data,
+                    load_pretrained, network_of, number, pgd, prepare, ramp, rate, resolve, save_model,
+                    script_parser, sgd, whole)
+
+FLOOR = 0.03                                                     # in [D], of every full rank
 
 
 def get_args(argv=None):
@@ -42,6 +45,7 @@ def get_args(argv=None):
     paper = parser.add_argument_group("CSTAR")
     paper.add_argument("--ratio", type=number(1, 10000), default=16.0, help="all parameters, dense / compact")
     paper.add_argument("--rank-rule", choices=("hull", "uniform"), default="hull", help="[D] or one fraction")
+    paper.add_argument("--budget", choices=("parameters", "macs"), default="parameters", help="of [D]")
     paper.add_argument("--admm-epochs", type=whole(0, 10000), help="0 is the one-shot baseline")
     paper.add_argument("--admm-lr", type=rate, help="peak learning rate (default: half of --lr)")
     paper.add_argument("--finetune-lr", type=rate, help="of fine-tuning (default: --lr)")
@@ -92,11 +96,9 @@ def project(w, rank, hooi=0):
     """[F] The nearest weight of that rank that truncated HOSVD finds; at rank None (stays dense) w itself."""
     if rank is None:
         return w.clone()
-    if is_matrix(w):
-        a, b = tucker2(w, rank)
-        return (a @ b).view_as(w).to(w.dtype)
-    g, a, b = tucker2(w, rank, hooi)
-    return torch.einsum("oixy,so,ci->scxy", g, a, b).to(w.dtype)
+    factors = tucker2(w, rank, hooi)
+    product = factors[0] @ factors[1] if is_matrix(w) else torch.einsum("oixy,so,ci->scxy", *factors)
+    return product.view_as(w).to(w.dtype)
 
 
 def factorisable(model):
@@ -106,12 +108,46 @@ def factorisable(model):
     return {name: layers[name] for name in names[1:-1]}
 
 
-def cost(shape, rank):
-    """[B] Parameters of a weight of that shape at that rank; None is dense."""
-    s, c, k2 = shape[0], shape[1], math.prod(shape[2:])
+def cost(shape, rank, places=(1, 1)):
+    """[B] Parameters of a weight of that shape at that rank, None being dense; multiply-accumulates for an
+    image where places = (positions in the layer's input, in its output)."""
+    s, c, k2, (inputs, outputs) = shape[0], shape[1], math.prod(shape[2:]), places
     if rank is None:
-        return s * c * k2
-    return rank[0] * (s + c) if k2 == 1 else c * rank[1] + k2 * rank[0] * rank[1] + s * rank[0]
+        return s * c * k2 * outputs
+    if k2 == 1:
+        return rank[0] * (s + c) * outputs
+    return c * rank[1] * inputs + (k2 * rank[0] * rank[1] + s * rank[0]) * outputs
+
+
+def positions(model, network):
+    """{name: (positions in its input, in its output)} of all convolutions and linear layers."""
+    places = {}
+
+    def note(layer, inputs, output):
+        places[layer] = inputs[0][0, 0].numel(), output[0, 0].numel()
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    hooks = [m.register_forward_hook(note) for m in layers.values()]
+    with evaluating(model):
+        model(torch.zeros(1, network["channels"], *network["size"]))
+    for hook in hooks:
+        hook.remove()
+    return {name: places[m] for name, m in layers.items()}
+
+
+def budget_of(model, ratio, places=None):
+    """[D] floor(total / ratio) less the cost of what is kept; UsageFault if even ranks 1 cost more. Costs are
+    parameters, or with positions() multiply-accumulates."""
+    total = sum(p.numel() for p in model.parameters())
+    if places:
+        total = sum(cost(model.get_submodule(n).weight.shape, None, place) for n, place in places.items())
+    least = kept = total
+    for name, m in factorisable(model).items():
+        costs = [cost(m.weight.shape, rank, places[name] if places else (1, 1)) for rank in (None, (1, 1))]
+        kept, least = kept - costs[0], least - costs[0] + min(costs)
+    if total // ratio < least:
+        most = total / least - 0.005
+        raise UsageFault(f"argument --ratio: {ratio:g} is not from 1 to {most:.2f}, what this network allows")
+    return int(total // ratio) - kept
 
 
 def error_table(w):
@@ -124,23 +160,25 @@ def error_table(w):
     return (energy.sum() - energy.cumsum(0).cumsum(1)).clamp_min(0)
 
 
-def chain(w):
-    """Nested states (cost, relative error, rank) of a layer, from rank 1 to dense. Built from full rank down:
-    the rank that goes down by one is the one that loses less energy for a parameter saved."""
+def chain(w, least, places=(1, 1)):
+    """Nested states (cost, relative error, rank) of a layer, from the ranks `least` to dense. Built from full
+    rank down: the rank that goes down by one is the one that loses less energy for what that saves."""
     table = (error_table(w) / w.double().square().sum().clamp_min(1e-300)).tolist()
-    pair, states = (len(table), len(table[0])), []
-    while min(pair) > 0:
-        size, error = cost(w.shape, pair), table[pair[0] - 1][pair[1] - 1]
-        states.append((size, error, pair[:1] if is_matrix(w) else pair))
-        def loss_per_parameter(below):
-            return (table[below[0] - 1][below[1] - 1] - error) / (size - cost(w.shape, below))
-        smaller = [p for p in ((pair[0] - 1, pair[1]), (pair[0], pair[1] - 1)) if min(p) > 0]
-        pair = min(smaller, key=loss_per_parameter, default=(0, 0))
-    return [s for s in reversed(states) if s[0] < w.numel()] + [(w.numel(), 0.0, None)]
+    pair, dense = (len(table), len(table[0])), (cost(w.shape, None, places), 0.0, None)
+    states = [dense]
+    while pair:
+        size, error = cost(w.shape, pair, places), table[pair[0] - 1][pair[1] - 1]
+        states += [(size, error, pair)] if size < dense[0] else []
+        def loss_per_cost(below):
+            return (table[below[0] - 1][below[1] - 1] - error) / (size - cost(w.shape, below, places))
+        smaller = [p for p in ((pair[0] - 1, pair[1]), (pair[0], pair[1] - 1))
+                   if p[0] >= least[0] and p[1] >= least[1]]
+        pair = min(smaller, key=loss_per_cost, default=None)
+    return states[::-1]
 
 
 def hull_segments(states):
-    """Lower convex hull of a chain: (change of relative error per parameter, states of the segment)."""
+    """Lower convex hull of a chain: (change of relative error for a unit of cost, states of the segment)."""
     hull = []
     for i, (c, e, _) in enumerate(states):
         while len(hull) > 1:
@@ -153,50 +191,41 @@ def hull_segments(states):
             for i, j in zip(hull, hull[1:])]
 
 
-def parameter_budget(model, ratio):
-    """[D] floor(total / ratio) less the parameters that are kept; UsageFault if even ranks 1 need more."""
-    total = sum(p.numel() for p in model.parameters())
-    shapes = [m.weight.shape for m in factorisable(model).values()]
-    kept = total - sum(shape.numel() for shape in shapes)
-    least = kept + sum(min(cost(shape, (1, 1)), shape.numel()) for shape in shapes)
-    if total // ratio < least:
-        most = total / least - 0.005
-        raise UsageFault(f"argument --ratio: {ratio:g} is not from 1 to {most:.2f}, what this network allows")
-    return int(total // ratio) - kept
+def rank_path(weights, places, floor):
+    """[D] Yields (name, (ro, ri) or None), step by step from ranks 1 everywhere to dense: all ranks rise
+    together to the fraction `floor` of full ones, then hull segments come in order of gain for their cost."""
+    full = {name: (min(w.shape[:2]), 1) if is_matrix(w) else w.shape[:2] for name, w in weights.items()}
+    least = {name: [math.ceil(floor * n) for n in pair] for name, pair in full.items()}
+    pairs = {name: [1, 1] for name in weights}
+    for _, name, mode, rank in sorted((rank / n, name, mode, rank) for name, pair in full.items()
+                                      for mode, n in enumerate(pair)
+                                      for rank in range(2, least[name][mode] + 1)):
+        pairs[name][mode] = rank
+        yield name, tuple(pairs[name])
+    for _, name, segment in sorted((slope, name, segment) for name, w in weights.items() for slope, segment
+                                   in hull_segments(chain(w, least[name], places[name]))):
+        yield from ((name, pair) for _, _, pair in segment)
 
 
-def choose_ranks(weights, budget, rule="hull"):
-    """[D] Ranks (ro, ri), (r,) or None (dense) for weights {name: (S, C, ...)}, within `budget` parameters.
+def choose_ranks(weights, budget, rule="hull", places=None):
+    """[D] Ranks (ro, ri), (r,) or None (dense) for weights {name: (S, C, ...)}: rank_path() as far as the
+    budget goes, so that no rank grows with the ratio. By the rule uniform, all of the path is the rise."""
+    places = places or dict.fromkeys(weights, (1, 1))
 
-    hull: from ranks 1, hull segments of all layers in order of gain per parameter until a step does not fit;
-    a larger ratio ends the list earlier: no rank grows with it. uniform: one fraction of all full ranks."""
-    if rule == "uniform":
-        def at(fraction):
-            ranks = {}
-            for name, w in weights.items():
-                full = [min(w.shape[:2])] if is_matrix(w) else w.shape[:2]
-                rank = tuple(max(1, int(fraction * n)) for n in full)
-                ranks[name] = rank if cost(w.shape, rank) < w.numel() else None
-            return ranks
-        def fits(fraction):
-            return sum(cost(weights[name].shape, rank) for name, rank in at(fraction).items()) <= budget
-        low, high = 0.0, 1.0                                         # ranks 1 fit: parameter_budget saw to it
-        for _ in range(0 if fits(high) else 20):
-            middle = (low + high) / 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return at(high if fits(high) else low)
-
-    chains = {name: chain(w) for name, w in weights.items()}
-    state = {name: states[0] for name, states in chains.items()}
-    spare = budget - sum(s[0] for s in state.values())
-    for _, name, segment in sorted((slope, name, segment) for name, states in chains.items()
-                                   for slope, segment in hull_segments(states)):
-        for step in segment:
-            spare -= step[0] - state[name][0]
-            if spare < 0:
-                return {n: s[2] for n, s in state.items()}
-            state[name] = step
-    return {n: s[2] for n, s in state.items()}
+    def state(name, pair):
+        """(cost, rank), dense where that costs no more."""
+        shape, rank = weights[name].shape, pair and pair[:1] if is_matrix(weights[name]) else pair
+        size, dense = cost(shape, rank, places[name]), cost(shape, None, places[name])
+        return (size, rank) if size < dense else (dense, None)
+    states = {name: state(name, (1, 1)) for name in weights}
+    spare = budget - sum(size for size, _ in states.values())
+    for name, pair in rank_path(weights, places, 1.0 if rule == "uniform" else FLOOR):
+        step = state(name, pair)
+        spare -= step[0] - states[name][0]
+        if spare < 0:
+            break
+        states[name] = step
+    return {name: rank for name, (_, rank) in states.items()}
 
 
 class ADMM:
@@ -254,12 +283,8 @@ def factorise_(model, ranks, hooi=0):
             continue
         layer = model.get_submodule(name)
         thin, w = factor_layer(layer, rank).to(layer.weight), layer.weight
-        if is_matrix(w):
-            a, b = tucker2(w, rank)
-            factors = b, a
-        else:
-            g, a, b = tucker2(w, rank, hooi)
-            factors = b.T, g, a
+        *core, a, b = tucker2(w, rank, hooi)
+        factors = (b.T, *core, a) if core else (b, a)
         for part, factor in zip(thin, factors):
             part.weight.copy_(factor.reshape(part.weight.shape))
         if layer.bias is not None:
@@ -325,7 +350,8 @@ def main(argv=None):
     data = load_data(args)
     network = network_of(args, data)
     model = build_network(**network)
-    budget = parameter_budget(model, args.ratio)
+    places = positions(model, network) if args.budget == "macs" else None
+    budget = budget_of(model, args.ratio, places)
     if args.pretrained:
         load_pretrained(model, args.pretrained, network)
     phases = dict(pretrain=args.pretrain_epochs, admm=args.admm_epochs, finetune=args.finetune_epochs)
@@ -344,7 +370,8 @@ def main(argv=None):
 
     def save_dense_and_choose_ranks():
         save_model(run.folder / "dense.pt", run.script, "dense", network, model, args)
-        return choose_ranks({n: m.weight.detach().cpu() for n, m in layers.items()}, budget, args.rank_rule)
+        weights = {name: m.weight.detach().cpu() for name, m in layers.items()}
+        return choose_ranks(weights, budget, args.rank_rule, places)
     ranks = run.compute_once("ranks", save_dense_and_choose_ranks)   # [D]
 
     # Phase 2: ADMM pulls the dense weights towards those ranks. W follows Z - U with time constant

@@ -93,7 +93,7 @@ def digits():
 def trained(epsilon):
     args = cstar.get_args("--dataset digits --arch lenet --width 8 --pretrain-epochs 15 --batch-size 32 "
                           f"--lr 0.05 --device cpu --amp off --epsilon {epsilon}".split())
-    args.num_steps = args.num_steps if epsilon else 0
+    args.num_steps, args.step_size = 4 if epsilon else 0, epsilon / 2
     data = common.load_data(args)
     model = common.build_network(**common.network_of(args, data))
     optimizer, schedule = common.sgd(model, args.lr, args.pretrain_epochs, data, args)
@@ -233,13 +233,9 @@ def test_networks_take_any_channels_and_sizes_that_fit(arch, channels, size):
         common.build_network(arch, 1, channels, 7, (3, 3))
 
 
-def test_networks_resnet18_has_the_common_layer_names():
-    names = resnet().state_dict().keys()
+def test_resnet18_has_the_common_layer_names_and_macs_that_equal_the_sum_by_hand():
     assert {"conv1.weight", "bn1.running_var", "layer1.0.conv1.weight", "layer2.0.shortcut.0.weight",
-            "layer4.1.bn2.bias", "linear.bias"} <= names
-
-
-def test_macs_of_resnet18_equal_the_sum_by_hand():
+            "layer4.1.bn2.bias", "linear.bias"} <= resnet().state_dict().keys()
     w, total = [64, 64, 128, 256, 512], 32 * 32 * 27 * 64 + 512 * 10
     for i in range(4):
         side = 32 // 2**i
@@ -293,13 +289,15 @@ def test_pgd_leaves_weights_gradients_modes_and_statistics_alone(training):
     assert all(p.grad is None for p in list(model.parameters())[1:]) and (model.conv1.weight.grad == 1).all()
 
 
-def test_pgd_with_epsilon_zero_is_the_image_and_a_callable_loss_is_used():
+def test_pgd_with_epsilon_zero_is_the_image_and_losses_are_those_asked_for():
     x, y = torch.rand(3, 1, 8, 8), torch.tensor([1, 2, 3])
     assert torch.equal(common.pgd(resnet().eval(), x, y, 0.0, 0.1, 3), x)
     seen = []
     common.pgd(resnet().eval(), x, y, 0.1, 0.1, 3, eot=2,
                loss=lambda logits, labels: seen.append(1) or logits[:, 0])
     assert len(seen) == 6
+    logits = torch.tensor([[1.0, 4.0, 2.5], [3.0, 0.0, -1.0]])
+    assert torch.equal(common.margin_loss(logits, torch.tensor([2, 0])), torch.tensor([1.5, -3.0]))
 
 
 class Waits(TorchDispatchMode):
@@ -331,11 +329,6 @@ def test_training_attacks_in_eval_mode_and_waits_for_a_gpu_only_in_pgds_two_chec
         waits.append(found.count)
     assert modes == ([False] * 3 + [True] * (2 if script is binary_relax else 1)) * 4
     assert waits[1] - waits[0] == 2 * 2                          # are the pixels and is the gradient fit?
-
-
-def test_margin_loss_is_the_gap_to_the_best_other_class():
-    logits = torch.tensor([[1.0, 4.0, 2.5], [3.0, 0.0, -1.0]])
-    assert torch.equal(common.margin_loss(logits, torch.tensor([2, 0])), torch.tensor([1.5, -3.0]))
 
 
 # ---------------------------------------------------------------- evaluation
@@ -425,10 +418,12 @@ class Wrapped(nn.Module):
         return self.change(self.model, x)
 
 
-def test_sanity_flags_are_silent_on_honest_networks(robust, standard, digits):
+def test_sanity_flags_are_silent_on_honest_networks_and_not_on_a_weak_attack(robust, standard, digits):
     for model, least in ((robust, 40), (standard, 0)):
         assert common.sanity_flags(model, digits.test, **SETTINGS) == []
         assert common.evaluate(model, digits.test, **SETTINGS)["robust_acc"] >= least
+    flags = common.sanity_flags(robust, digits.test, epsilon=0.2, step_size=0.01, num_steps=4)
+    assert any("not converged" in flag for flag in flags) and any("FGSM" in flag for flag in flags)
 
 
 def neighbours(model, x):
@@ -446,11 +441,6 @@ def test_sanity_flags_catch_masked_networks(standard, digits, expected, change):
     assert any(expected in flag for flag in flags), flags
     if expected == "zero gradients":                             # masking: what PGD misses others find
         assert any("stronger" in flag or "epsilon 1" in flag for flag in flags), flags
-
-
-def test_sanity_flag_for_an_attack_that_has_not_converged(robust, digits):
-    flags = common.sanity_flags(robust, digits.test, epsilon=0.2, step_size=0.01, num_steps=4)
-    assert any("not converged" in flag for flag in flags) and any("FGSM" in flag for flag in flags)
 
 
 def test_evaluate_of_a_random_network_is_repeatable_and_says_so(robust, digits):
@@ -813,10 +803,10 @@ def test_admm_keeps_exactly_ceil_n_over_ratio_units_also_of_equal_ones(scheme, r
         admm_prune.choose_masks({0: torch.full((3, 3), math.nan)}, scheme, ratio)
 
 
-def shaken(arch, width, channels, size, dtype=torch.float64):
+def shaken(arch, width, channels, size, dtype=torch.float64, **more):
     """A network whose batch norms and biases are not the neutral ones of an untrained network."""
     torch.manual_seed(0)
-    model = common.build_network(arch, width, channels, 10, (size, size)).to(dtype)
+    model = binary_relax.make_network(arch, (size, size), width=width, channels=channels, classes=10, **more)
     for p in model.parameters():
         if p.dim() == 1:
             p.data.uniform_(0.5, 1.5)
@@ -824,7 +814,7 @@ def shaken(arch, width, channels, size, dtype=torch.float64):
         if isinstance(m, nn.BatchNorm2d):
             m.running_mean.normal_()
             m.running_var.uniform_(0.5, 2)
-    return model
+    return model.to(dtype)
 
 
 def filter_masks(model, ratio, grouped=False):
@@ -840,10 +830,13 @@ def filter_masks(model, ratio, grouped=False):
 def test_admm_smaller_network_equals_the_masked_one(arch, channels, size, grouped, dtype, tolerance):
     model = shaken(arch, 2, channels, size, dtype)
     masks = common.parameter_masks(model, filter_masks(model, 2, grouped), True)
+    constants = copy.deepcopy(model).eval()                      # of dead filters, which must go with them
+    common.apply_masks_(constants, {name: mask for name, mask in masks.items() if mask.dim() > 1})
     common.apply_masks_(model, masks)
     small, left = common.remove_filters_(copy.deepcopy(model).eval(), masks)
     assert not any(m.training for m in small.modules())
     x = torch.rand(6, channels, size, size, dtype=dtype)
+    assert (small(x) - constants(x)).abs().max() > 1e-3 * constants(x).abs().max()
     for training in (False, True):                               # with running and with batch statistics
         full = copy.deepcopy(model).train(training)(x)
         assert (small.train(training)(x) - full).abs().max() <= tolerance * full.abs().max()
@@ -852,16 +845,6 @@ def test_admm_smaller_network_equals_the_masked_one(arch, channels, size, groupe
     parameters = dict(small.named_parameters())
     assert all((parameters[name][~mask] == 0).all() for name, mask in left.items())
     assert all(mask.all() for mask in left.values()) == (grouped or arch in ("lenet", "vgg16"))
-
-
-@pytest.mark.parametrize("arch, channels", [("lenet", 1), ("resnet18", 3), ("wrn28_4", 3)])
-def test_admm_constants_of_dead_filters_must_go_with_them(arch, channels):
-    model = shaken(arch, 2, channels, 16).eval()
-    masks = common.parameter_masks(model, filter_masks(model, 2), True)
-    common.apply_masks_(model, {name: mask for name, mask in masks.items() if mask.dim() > 1})
-    small, _ = common.remove_filters_(copy.deepcopy(model), masks)
-    x = torch.rand(4, channels, 16, 16, dtype=torch.float64)
-    assert (small(x) - model(x)).abs().max() > 1e-3 * model(x).abs().max()
 
 
 @pytest.mark.parametrize("arch, channels, size, width, grouped", [
@@ -1646,17 +1629,9 @@ def test_enresnet_has_the_published_parameter_counts(depth, quantised, total, te
 
 def ensemble(noise, members=2, width=2, size=12):
     """An EnResNet in float64 whose batch norms are not neutral, and images for it."""
-    torch.manual_seed(0)
-    network = dict(arch="enresnet", width=width, channels=3, classes=10, size=[size, size], depth=8,
-                   members=members, noise=noise)
-    model = binary_relax.make_network(**network).double().eval()
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.running_mean.normal_()
-            m.running_var.uniform_(0.5, 2)
-            m.weight.data.uniform_(0.5, 1.5)
-            m.bias.data.normal_()
-    return model, network, torch.rand(5, 3, size, size, dtype=torch.float64)
+    more = dict(depth=8, members=members, noise=noise)
+    network = dict(arch="enresnet", width=width, channels=3, classes=10, size=[size, size], **more)
+    return shaken("enresnet", width, 3, size, **more).eval(), network, torch.rand(5, 3, size, size).double()
 
 
 def test_enresnet_without_noise_is_the_mean_of_its_members_image_by_image():
@@ -1748,12 +1723,8 @@ def test_packed_codes_round_trip(bits, shape):
     for wrong in (packed[:-1], torch.cat([packed, packed])):
         with pytest.raises(ValueError):
             binary_relax.unpack(wrong, shapes, bits)
-
-
-@pytest.mark.parametrize("bits, size", [(1, 33462), (2, 66924), (4, 133848)])
-def test_packed_resnet20_has_the_bytes_of_its_bits(bits, size):
-    model = binary_relax.EnResNet(20, 1, 0.0, 16, 3, 10)
-    assert len(binary_relax.encode(model, bits)[1]["codes"]) == size
+    whole = binary_relax.encode(binary_relax.EnResNet(20, 1, 0.0, 16, 3, 10), bits)[1]["codes"]
+    assert len(whole) == {1: 33462, 2: 66924, 4: 133848}[bits]
 
 
 @pytest.mark.parametrize("bits", (*BITS, 32))
@@ -1784,7 +1755,7 @@ def test_network_without_dead_channels_equals_the_quantised_one(arch, channels, 
     assert (counts[0] < counts[1]) == dead and (found["channel_sparsity"] > 0) == dead
 
 
-def test_a_channel_that_only_removed_filters_read_goes_too():
+def test_a_channel_that_only_removed_filters_read_goes_too_and_one_always_stays():
     network = dict(arch="vgg16", width=1, channels=3, classes=10, size=[32, 32])
     model = common.build_network(**network)
     for w in binary_relax.quantisable(model).values():
@@ -1798,16 +1769,11 @@ def test_a_channel_that_only_removed_filters_read_goes_too():
     convs[3].weight.data[0, 0, 0, 0] = math.nan
     with pytest.raises(common.Fault, match="not finite"):
         binary_relax.encode(model, 2)
-
-
-def test_a_layer_all_of_zeros_keeps_one_channel():
     model, network, x = ensemble(noise=0.0)
-    block = model.members[0].blocks[1]
-    block.conv2.weight.data.zero_()
+    model.members[0].blocks[1].conv2.weight.data.zero_()
     state, codes, _ = binary_relax.encode(model, 2)
     small = binary_relax.build(dict(network=network, state=state, **codes)).eval()
-    assert small.members[0].blocks[1].conv1.out_channels == 1
-    assert small(x.float()).isfinite().all()
+    assert small.members[0].blocks[1].conv1.out_channels == 1 and small(x.float()).isfinite().all()
 
 
 @pytest.mark.parametrize("bits", (*BITS, 32))
@@ -1890,12 +1856,8 @@ def test_cstar_run_writes_a_smaller_file_that_is_what_it_reports(finished, digit
     cstar.build(artifact).load_state_dict(artifact["state"], strict=True)
     phases = [line.get("phase") for line in map(json.loads, open(folder / "log.jsonl"))]
     assert [phases.count(p) for p in ("pretrain", "admm", "finetune")] == [2, 2, 2] and phases[-1] == "final"
-
-
-def test_saved_network_can_be_exported(finished):
-    model, x = common.load_model(finished[0] / "model.pt"), torch.rand(2, 1, 8, 8)
-    exported = torch.export.export(model, (x,)).module()
-    assert torch.allclose(exported(x), model(x), atol=1e-6)
+    x = torch.rand(2, 1, 8, 8)
+    assert torch.allclose(torch.export.export(model, (x,)).module()(x), model(x), atol=1e-6)
 
 
 class Stop(Exception):

@@ -85,7 +85,7 @@ def bench_steps(args, device):
     def factors(model):
         layers = cstar.factorisable(model)
         weights = {name: m.weight.detach().cpu() for name, m in layers.items()}
-        ranks = cstar.choose_ranks(weights, cstar.parameter_budget(model, 8), "hull")
+        ranks = cstar.choose_ranks(weights, cstar.budget_of(model, 8), "hull")
         admm = cstar.ADMM(layers, ranks, 0.1)
         papers["cstar"] = "default", admm.update
         return dict(penalty=admm.penalty)
@@ -176,7 +176,7 @@ def bench_inference(args, device):
     dense = build_network(args.arch, args.width, 3, 10, (32, 32)).eval()
     models, weights = dict(dense=dense), {n: m.weight.detach() for n, m in cstar.factorisable(dense).items()}
     with contextlib.suppress(UsageFault):
-        budget = cstar.parameter_budget(dense, 16)
+        budget = cstar.budget_of(dense, 16)
         for rule in ("hull", "uniform"):
             ranks = cstar.choose_ranks(weights, budget, rule)
             models[f"cstar {rule}"] = cstar.factorise_(copy.deepcopy(dense), ranks).eval()
