@@ -134,8 +134,7 @@ def script_parser(doc, script, phase, networks=(), adapt=lambda recipe: {}):
     attack.add_argument("--num-steps", type=whole(0, 10000), help="PGD steps in training")
     attack.add_argument("--ramp-epochs", type=whole(0, 10000), help="first epochs, in which the radius grows")
     attack.add_argument("--eval-steps", type=whole(1, 10000), default=50, help="PGD steps in evaluation")
-    attack.add_argument("--restarts", type=whole(1, 1000), default=2,
-                        help="random starts in evaluation, of cross-entropy and margin loss in turn")
+    attack.add_argument("--restarts", type=whole(1, 1000), default=2, help="in evaluation, of both losses in turn")
     return parser
 
 
@@ -1027,11 +1026,11 @@ def load_pretrained(model, path, network):
     if not Path(path).is_file():
         raise UsageFault(f"argument --pretrained: there is no file {path}")
     artifact = read_artifact(path)
-    shapes = [{k: t.shape for k, t in state.items()} for state in (artifact["state"], model.state_dict())]
-    if artifact["kind"] != "dense" or artifact["network"] != network or shapes[0] != shapes[1]:
+    if (artifact["kind"], artifact["network"]) != ("dense", network):
         raise UsageFault(f"argument --pretrained: {path} holds {artifact['kind']} {artifact['network']}, not "
                          f"dense {network}")
-    model.load_state_dict(artifact["state"])
+    with fitting(path):
+        model.load_state_dict(artifact["state"])
 
 
 # ---------------------------------------------------------------- the run
