@@ -258,10 +258,10 @@ def main(argv=None):
     layers = prunable(model)
     tied = [list(writers) for writers, _, _ in channel_groups(model)] if args.group_residual else ()
 
-    def choose(parameters):
-        """{parameter: boolean like it, True where it stays} for values of all parameters."""
-        masks = choose_masks({name: parameters[f"{name}.weight"] for name in layers}, args.scheme, ratio, tied)
-        return parameter_masks(model, masks, filters=args.scheme == "filter")        # [B], [H]
+    def choose(parameters):                                          # [B], [H]: {parameter: mask}
+        weights = {name: parameters[f"{name}.weight"] for name in layers}
+        masks = choose_masks(weights, args.scheme, ratio, tied)
+        return parameter_masks(model, masks, filters=args.scheme == "filter")
 
     # Phase 1: a dense robust network.
     optimizer, schedule = sgd(model, args.lr, phases["pretrain"], data, args)

@@ -49,8 +49,8 @@ import torch.nn.functional as F
 
 from common import (CIFAR, RECIPES, Fault, Run, UsageFault, WideBlock, autocast, build_network,
                     channel_groups, cli, conv3x3, evaluate, load_data, load_pretrained, network_of, number,
-                    per_cent, pgd, prepare, ramp, rate, resize_, resolve, save_model, script_parser, sgd, whole,
-                    without_channels)
+                    per_cent, pgd, prepare, ramp, rate, resize_, resolve, save_model, script_parser, sgd,
+                    whole, without_channels)
 
 
 def get_args(argv=None):

@@ -134,7 +134,7 @@ def script_parser(doc, script, phase, networks=(), adapt=lambda recipe: {}):
     attack.add_argument("--num-steps", type=whole(0, 10000), help="PGD steps in training")
     attack.add_argument("--ramp-epochs", type=whole(0, 10000), help="first epochs, in which the radius grows")
     attack.add_argument("--eval-steps", type=whole(1, 10000), default=50, help="PGD steps in evaluation")
-    attack.add_argument("--restarts", type=whole(1, 1000), default=2, help="in evaluation, of both losses in turn")
+    attack.add_argument("--restarts", type=whole(1, 1000), default=2, help="in evaluation, losses in turn")
     return parser
 
 
@@ -615,7 +615,7 @@ def prepare(model, args):
     """The network on its device, in the fast memory layout, compiled where --compile says so."""
     model.to(args.device, memory_format=torch.channels_last)
     torch.backends.cudnn.benchmark = True
-    for m in model.modules():    # on such a layer oneDNN 3.12 writes past a buffer in the backward pass (AVX2)
+    for m in model.modules():    # with AVX2, oneDNN 3.12 writes past a buffer in such a layer's backward pass
         if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) != m.stride and m.in_channels < 8:
             m.weight.data = m.weight.data.clone(memory_format=torch.contiguous_format)
             m.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
@@ -956,9 +956,9 @@ def read_file(path, **kinds):
 
 
 def save_model(path, script, kind, network, model, args, state=None, **more):
-    """Writes a network (its `state`, by default the model's) as a file that load_model reads on any machine;
-    script.build(artifact) makes it again. kind is dense, compact or ticket. All values that are not zero stand
-    in one tensor, because records of their own take space; a bit map, compressed by zlib, tells where."""
+    """Writes a network (its `state`, by default the model's) as a file that load_model reads on any machine,
+    by script.build(artifact). kind is dense, compact or ticket. All values that are not zero stand in one
+    tensor, because records of their own take space; a bit map, compressed by zlib, tells where."""
     state = {name: t.detach().cpu() for name, t in (state or model.state_dict()).items()}
     floats = {name: t for name, t in state.items() if t.is_floating_point()}
     values = torch.cat([t.flatten() for t in floats.values()])
@@ -1038,8 +1038,8 @@ class Run:
     """One run's output folder: its log, its checkpoint and its result. phases: {name: epochs}, in order.
 
     epochs() and compute_once() make a script resumable: last.pt holds phase, epoch, the state of the objects
-    that epochs() was given, random states, and what compute_once() found. `saved` is that file's content until
-    the phase in which the run was stopped is reached, then None."""
+    that epochs() was given, random states, and what compute_once() found. `saved` is its content until the
+    phase in which the run was stopped is reached, then None."""
     active = None                                                # the run that this process is in
     where = ""                                                   # for messages: "pretrain 3/15: "
 
