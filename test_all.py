@@ -1345,6 +1345,7 @@ def test_hydra_symbolic_bound_verifies_what_pgd_trained_and_gets_only_what_is_op
         monkeypatch.setattr(hydra_prune, "symbolic_margins", bound)
         result[bound] = hydra_prune.verify(model, digits.test, 0.04, robust)["verified_acc"]
     assert result[spy] > 70 and result[bound] < 30 and result[spy] <= common.per_cent(robust)
+    monkeypatch.undo()
     x, y = common.to_float(digits.test[0]).double(), digits.test[1]
     bounds = all_bounds(copy.deepcopy(model).double(), x, y, 0.04)
     cheap, four = ((lower.scatter(1, y[:, None], 1.0) > 0).all(1) for lower in (
