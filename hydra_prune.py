@@ -6,33 +6,36 @@ HYDRA: Pruning Adversarially Robust Neural Networks. NeurIPS 2020, arXiv 2002.10
 The idea: train for the robustness that you want, in every phase. The first paper prunes what is small (LWM),
 whatever the objective; HYDRA lets the objective decide, by training importance scores before the cut.
 
-  [A]  L: natural, pgd, trades, crown-ibp or smooth, the same in all phases; pre-train  min_w E L(w; x, y)
+  [A]  L: natural, pgd, [F], [J], [K] or [L], the same in all phases; pre-train  min_w E L(w; x, y)
   [B]  m(s) = 1 for the ceil(n / ratio) largest |s| of a layer's n weights, else 0
   [C]  s = sqrt(6 / fan_in) w / max |w|           first scores: m(s) then prunes the lowest magnitudes (LWM)
   [D]  prune      min_s E L(w * m(s); x, y)       w fixed; m passes gradients on: dL/ds = sign(s) w dL/d(w m)
   [E]  fine-tune  min_w E L(w * m; x, y)          m fixed
   [F]  trades     CE(f(x), y) + beta KL(p(x) || p(x_adv)),  x_adv maximises that KL
   [G]  interval bounds: center c and radius r of a box become W c + b and |W| r; the last layer takes margins
-  [H]  CROWN-IBP: margins as linear functions of x, each ReLU between two lines over its interval
-  [I]  crown-ibp  CE of the logits -lower(f_y - f_j), lower = share * [H] + (1 - share) * [G]
-  [J]  smooth     CE(f(x), y) + beta KL(p(x) || p(x + sigma N(0, 1)))
+  [H]  CROWN-IBP: margins as linear functions of x, each ReLU between two lines over its interval of [G]
+  [I]  symbolic intervals: so too, the lines both of slope u / (u - l), each layer's l and u from such lines
+  [J]  crown-ibp  CE of the logits -lower(f_y - f_j), lower = share * [H] + (1 - share) * [G]
+  [K]  mixtrain   CE(f(x), y), and with probability 0.8 + w CE of the logits -lower, [I], of k random images;
+                  w = min(50, 0.1 * 2.5^floor(t / 5)), t: the phase's epochs at the full radius
+  [L]  smooth     CE(f(x), y) + beta KL(p(x) || p(x + sigma N(0, 1)))
 
-Sources. The text of neither paper was available: the procedure is from their abstracts, [B] to [F], [I] and
-[J] from HYDRA's code, where [F] is Zhang et al. 2019 (TRADES), [H] and [I] Zhang et al. 2020, [J] Carmon et
-al. 2019, whose certificate (Cohen et al. 2019) is in tools/evaluate.py. The first paper's verifiable
-objective is not known; MixTrain, HYDRA's other one, is left out. The box is clamped to [0, 1], not to the
-batch as in HYDRA's code. Ours: the schedules, that LWM fine-tunes for the epochs that HYDRA spends on [D],
-and --scheme filter: one score a filter, first its norm; m is on what it gives after its own batch norm, and
-0.001 for 0 in [D]: ReLU passes no gradient at 0, so that a pruned filter could never return.
+Sources. The text of neither paper was available: the procedure is from their abstracts, [B] to [F] and [J]
+to [L] from HYDRA's code, where [F] is Zhang et al. 2019 (TRADES), [H] and [J] Zhang et al. 2020, [I] and [K]
+Wang et al. 2018 (symbolic intervals, MixTrain), [L] Carmon et al. 2019, whose certificate (Cohen et al. 2019)
+is in tools/evaluate.py. The first paper's verifiable objective is not known. The box is clamped to [0, 1],
+not to the batch as in HYDRA's code. Ours: the schedules (in [K] too, the radius grows by steps), verified
+accuracy by the best of all bounds, no weight decay on s, that LWM fine-tunes for the epochs that HYDRA spends
+on [D], and --scheme filter: one score a filter, first its norm; m is on what it gives after its own batch
+norm, and 0.001 for 0 in [D]: ReLU passes no gradient at 0, so that a pruned filter could never return.
 
   python hydra_prune.py --dataset digits               two minutes on two CPU cores, no network
   python hydra_prune.py --arch vgg16 --ratio 10        CIFAR-10, for a GPU; the first paper: --scores lwm
   python hydra_prune.py --arch wrn28_4 --objective trades --pretrain-epochs 100 --prune-epochs 20
       --finetune-epochs 100 --finetune-lr 0.01 --lr 0.1 --batch-size 128 --weight-decay 1e-4    HYDRA's length
 1906.06110 (abstract): at ratio 10, 93 % of clean, 92.5 % of empirical robust, 85 % of verified accuracy are
-preserved. HYDRA (table of results, with extra data), VGG-16 with three linear layers, CIFAR-10, robust %:
-dense 51.9; ratio 10 LWM 48.8, HYDRA 49.5; ratio 100 LWM 34.3, HYDRA 41.7. What we measured is in
-results/README.md.
+preserved. HYDRA (its table, with extra data), VGG-16 with three linear layers, CIFAR-10, robust %: dense
+51.9; ratio 10 LWM 48.8, HYDRA 49.5; ratio 100 LWM 34.3, HYDRA 41.7. What we measured is in results/README.md.
 """
 import copy
 import math
@@ -40,15 +43,17 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.func import functional_call
 from torch.nn.grad import conv2d_input
 
 from common import (Fault, Run, apply_masks_, autocast, build_network, channel_groups, cli, evaluating,
                     interval, load_data, load_pretrained, network_of, number, one_cycle, parameter_masks,
-                    per_cent, pgd, prepare, ramp, rate, remove_filters_, resize_, resolve,
-                    save_model, script_parser, sgd, to_float, topk_mask, whole)
+                    per_cent, pgd, prepare, progress, ramp, rate, remove_filters_, resize_, resolve,
+                    save_model, script_parser, to_float, topk_mask, whole)
 
-OBJECTIVES = ("natural", "pgd", "trades", "crown-ibp", "smooth")
-# Ours, for crown-ibp: a network of plain layers, Adam's rate, more epochs for digits; the usual small radii.
+OBJECTIVES = ("natural", "pgd", "trades", "crown-ibp", "mixtrain", "smooth")
+BOUNDED = ("crown-ibp", "mixtrain")
+# Ours, for these: a network of plain layers, Adam's rate, more epochs for digits; the usual small radii.
 VERIFIABLE = dict(arch="cnn_small", width=16, lr=1e-3, batch_size=128, ramp_epochs=15)
 DIGITS = dict(batch_size=64, pretrain_epochs=60, prune_epochs=20, finetune_epochs=40, ramp_epochs=30)
 VERIFIABLE_RADIUS = {"digits": 0.02, "mnist": 0.1, "cifar10": 2 / 255, "cifar100": 2 / 255, "svhn": 2 / 255}
@@ -64,23 +69,24 @@ def get_args(argv=None):
     paper.add_argument("--prune-epochs", type=whole(0, 10000), help="of [D]; lwm fine-tunes as many more")
     paper.add_argument("--prune-lr", type=rate, help="of the scores (default: --lr)")
     paper.add_argument("--finetune-lr", type=rate, help="of fine-tuning (default: --lr)")
-    paper.add_argument("--beta", type=number(0, 1000), help="of [F] and [J] (default: 6)")
-    paper.add_argument("--final-share", type=number(0, 1), help="of CROWN-IBP in [I], from 1 (default: 0)")
-    paper.add_argument("--sigma", type=number(1e-6, 100), help="noise of [J] (default: 0.25)")
+    paper.add_argument("--beta", type=number(0, 1000), help="of [F] and [L] (default: 6)")
+    paper.add_argument("--final-share", type=number(0, 1), help="of CROWN-IBP in [J], from 1 (default: 0)")
+    paper.add_argument("--mix-images", type=whole(1, 65536), help="k of [K] (default: 5; cnn_large: 1)")
+    paper.add_argument("--sigma", type=number(1e-6, 100), help="noise of [L] (default: 0.25)")
     args, defaults = parser.parse_args(argv), {}
-    own = {"trades": dict(beta=6.0), "smooth": dict(beta=6.0, sigma=0.25), "crown-ibp": dict(final_share=0.0)}
-    own = own.get(args.objective, {})
-    others = [flag for flag in ("beta", "sigma", "final_share") if flag not in own]
-    parser.refuse(args, f"with --objective {args.objective}", *others)
-    if args.objective == "crown-ibp":
-        parser.refuse(args, "with --objective crown-ibp, which trains with Adam", "momentum")
+    own = {"trades": dict(beta=6.0), "smooth": dict(beta=6.0, sigma=0.25), "crown-ibp": dict(final_share=0.0),
+           "mixtrain": dict(mix_images=1 if args.arch == "cnn_large" else 5)}.get(args.objective, {})
+    others = {"beta", "final_share", "mix_images", "sigma"} - own.keys()
+    parser.refuse(args, f"with --objective {args.objective}", *sorted(others))
+    if args.objective in BOUNDED:
+        parser.refuse(args, f"with --objective {args.objective}, which trains with Adam", "momentum")
         args.epsilon = VERIFIABLE_RADIUS.get(args.dataset) if args.epsilon is None else args.epsilon
         defaults = VERIFIABLE | (DIGITS if args.dataset == "digits" else {})
         defaults["step_size"] = args.epsilon and args.epsilon / 4
         if args.arch not in (None, "cnn_small", "cnn_large"):
-            parser.error("argument --objective: crown-ibp is for --arch cnn_small and cnn_large")
+            parser.error(f"argument --objective: {args.objective} is for --arch cnn_small and cnn_large")
         if args.amp == "on" or args.compile:
-            parser.error("argument --objective: crown-ibp trains in float32 and without torch.compile")
+            parser.error(f"argument --objective: {args.objective} trains in float32, without torch.compile")
         args.amp = "off"                                             # bounds need all digits
     args = resolve(parser, args, **own, **defaults)
     if args.scores == "lwm" or not args.prune_epochs:
@@ -100,17 +106,15 @@ def prunable(model, scheme):
 def first_score(w, scheme):
     """[C] sqrt(6 / fan_in) w / max |w|, like w (S, C, ...); of filters (S,) their norms over the largest one;
     zeros for a layer of zeros."""
-    tiny = torch.finfo(w.dtype).tiny
-    if scheme == "filter":
-        norms = w.flatten(1).norm(dim=1)
-        return norms / norms.max().clamp_min(tiny)
-    return math.sqrt(6 / w[0].numel()) * w / w.abs().max().clamp_min(tiny)
+    norms, factor = (w.flatten(1).norm(dim=1), 1) if scheme == "filter" else (w, math.sqrt(6 / w[0].numel()))
+    return factor * norms / norms.abs().max().clamp_min(torch.finfo(w.dtype).tiny)
 
 
-def choose_mask(s, ratio):
-    """[B] Boolean like s: True for exactly ceil(n / ratio) of its n entries, those of largest |s|, the first
-    among equals."""
-    return topk_mask(s.detach().abs().flatten(), ratio).view(s.shape)
+def choose_mask(s, ratio, like=None):
+    """[B] Boolean like s, or of filters (S,) like `like` (S, ...): True for exactly ceil(n / ratio) of the n
+    entries of s, those of largest |s|, the first among equals."""
+    mask, shape = topk_mask(s.detach().abs().flatten(), ratio), s.shape if like is None else like.shape
+    return mask.view(*s.shape, *[1] * (len(shape) - s.dim())).expand(shape)
 
 
 class Scores(nn.Module):
@@ -135,17 +139,16 @@ class Scores(nn.Module):
         """{layer: boolean like its weight}; Fault if a score is not finite."""
         if not all(s.isfinite().all() for s in self.s):
             raise Fault("a score is not finite: training has diverged (try a lower --prune-lr, or --amp off)")
-        masks = {name: choose_mask(s, self.ratio) for name, s in zip(self.layers, self.s)}
-        return {name: spread(mask, self.layers[name].weight) for name, mask in masks.items()}
+        return {name: choose_mask(s, self.ratio, layer.weight) for s, (name, layer) in zip(
+            self.s, self.layers.items())}
 
     @torch.no_grad()
     def mask_weights_(self):
         """[B] Sets what the network holds to w * m(s)."""
         for s, masked in zip(self.s, self.masked):
-            mask = choose_mask(s, self.ratio)
             for p, buffer in masked:
                 w = getattr(self, buffer)
-                p.copy_(torch.where(spread(mask, p), w, self.PRUNED_FACTOR[self.scheme] * w))
+                p.copy_(torch.where(choose_mask(s, self.ratio, p), w, self.PRUNED_FACTOR[self.scheme] * w))
 
     @torch.no_grad()
     def collect_gradients_(self):
@@ -157,11 +160,6 @@ class Scores(nn.Module):
                 each = getattr(self, buffer) * p.grad
                 s.grad += s.sign() * (each if s.shape == p.shape else each.flatten(1).sum(1))
                 p.grad = None
-
-
-def spread(mask, p):
-    """A mask of single entries, or of filters (S,), in the shape of p (S, ...)."""
-    return mask.view(-1, *[1] * (p.dim() - 1)).expand(p.shape) if mask.dim() == 1 else mask
 
 
 # ---------------------------------------------------------------- sound bounds
@@ -180,21 +178,14 @@ def plain_layers(model):
     return layers
 
 
-def linear_map(layer, x, weight):
-    """A layer's product with another weight and without bias, of x (N, ...)."""
-    if isinstance(layer, nn.Linear):
-        return x @ weight.T
-    return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
-
-
 def interval_boxes(layers, x, epsilon):
     """[G] (lower, upper) of what enters each layer, for all inputs within epsilon of x and within [0, 1]."""
     boxes = [((x - epsilon).clamp(min=0), (x + epsilon).clamp(max=1))]
     for layer in layers[:-1]:
         lower, upper = boxes[-1]
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            center = layer((lower + upper) / 2)
-            r = linear_map(layer, (upper - lower) / 2, layer.weight.abs())
+            center, p = layer((lower + upper) / 2), dict(layer.named_parameters())
+            r = functional_call(layer, {k: p[k].abs() * (k == "weight") for k in p}, (upper - lower) / 2)
             boxes.append((center - r, center + r))
         else:                                                        # ReLU, perhaps in place, and Flatten
             monotone = F.relu if isinstance(layer, nn.ReLU) else layer
@@ -208,62 +199,78 @@ def margin_rows(last, y):
     return last.weight[y][:, None] - last.weight, bias[y][:, None] - bias
 
 
-def interval_margins(layers, boxes, y):
-    """[G] Lower bounds (N, K) of f_y - f_j; the last layer is merged with the difference."""
-    (lower, upper), (a, d) = boxes[-1], margin_rows(layers[-1], y)
-    return d + (a @ ((lower + upper) / 2)[:, :, None] - a.abs() @ ((upper - lower) / 2)[:, :, None])[:, :, 0]
+def linear_bounds(layers, boxes, a, d, slope):
+    """[H] Lower bounds (N, K) of d + <a, what layers give>, a (N or 1, K, ...), passed back to their input.
 
-
-def crown_margins(layers, boxes, y, adaptive=True):
-    """[H] Lower bounds (N, K) of f_y - f_j, passed back through the network as d + <a, layer's input>.
-
-    An unstable ReLU on [l, u] lies below the line u (z - l) / (u - l) and above slope * z; slope is 1 or 0 as
-    u or -l is larger, or, not adaptive, 0: that one is never below [G]."""
-    a, d = margin_rows(layers[-1], y)                                # (N, K, ...), (N, K)
-    for layer, (lower, upper) in zip(reversed(layers[:-1]), reversed(boxes[:-1])):
-        if isinstance(layer, nn.ReLU):
-            low, up = lower.clamp(max=0)[:, None], upper.clamp(min=0)[:, None]
-            line = up / (up - low).clamp_min(torch.finfo(up.dtype).tiny)
-            slope = (line > 0.5 if adaptive else low == 0).to(line) * (up > 0)
-            d = d - (a.clamp(max=0) * low * line).flatten(2).sum(2)
-            a = a.clamp(min=0) * slope + a.clamp(max=0) * line
-        elif isinstance(layer, nn.Flatten):
+    An unstable ReLU on [l, u] lies below the line u (z - l) / (u - l) and above slope * z: 1 or 0 as u or -l
+    is larger ("half"), 0 ("zero", never below [G]), or [I] the line's ("line": upper bounds come second)."""
+    gap = 0                                                          # from lower to upper bounds
+    for layer, (lower, upper) in reversed([*zip(layers, boxes)]):
+        d = d + a.flatten(2) @ layer(torch.zeros_like(lower[:1])).flatten()              # its bias
+        if isinstance(layer, nn.Flatten):
             a = a.unflatten(2, lower.shape[1:])
         elif isinstance(layer, nn.Linear):
-            d = d + (a @ layer.bias if layer.bias is not None else 0)
             a = a @ layer.weight
-        else:
-            if layer.bias is not None:
-                d = d + a.sum((3, 4)) @ layer.bias
-            inputs = a.shape[0] * a.shape[1], *lower.shape[1:]
+        elif isinstance(layer, nn.Conv2d):
+            inputs = len(a) * a.shape[1], *lower.shape[1:]
             a = conv2d_input(inputs, layer.weight, a.flatten(0, 1), layer.stride, layer.padding,
                              layer.dilation, layer.groups).unflatten(0, a.shape[:2])
-    (lower, upper), a = boxes[0], a.flatten(2)
-    center, r = ((upper + lower) / 2).flatten(1)[:, :, None], ((upper - lower) / 2).flatten(1)[:, :, None]
-    return d + (a @ center - a.abs() @ r)[:, :, 0]
+        else:
+            low, up = lower.clamp(max=0), upper.clamp(min=0)
+            line = up / (up - low).clamp_min(torch.finfo(up.dtype).tiny)
+            offset, line = (line * -low).flatten(1)[:, :, None], line[:, None]
+            d = d + (a.clamp(max=0).flatten(2) @ offset)[:, :, 0]
+            gap = gap + (a.abs().flatten(2) @ offset)[:, :, 0]
+            below = line if slope == "line" else (line > 0.5 if slope == "half" else line == 1).to(line)
+            a = a.clamp(min=0) * below + a.clamp(max=0) * line
+    a, (lower, upper) = a.flatten(2), (end.flatten(1)[:, :, None] for end in boxes[0])
+    center, r = (a @ ((upper + lower) / 2))[:, :, 0], (a.abs() @ ((upper - lower) / 2))[:, :, 0]
+    return d + (center - r), d + gap + (center + r)
 
 
-def best_margins(layers, x, y, epsilon):
-    """Lower bounds (N, K): the best of three sound ones, [G], [H] with both slopes."""
-    boxes = interval_boxes(layers, x, epsilon)
-    return torch.stack([interval_margins(layers, boxes, y), crown_margins(layers, boxes, y, False),
-                        crown_margins(layers, boxes, y, True)]).amax(0)
+def margins(layers, boxes, y, slope=None):
+    """Lower bounds (N, K) of f_y - f_j: [H]; without slope [G], from the box before the last layer alone."""
+    first = -1 if slope is None else 0
+    return linear_bounds(layers[first:-1], boxes[first:], *margin_rows(layers[-1], y), slope)[0]
+
+
+def symbolic_margins(layers, boxes, y, room=2**22):
+    """[I] Lower bounds (N, K) of f_y - f_j, after those of all units before a ReLU, some at a time so that
+    tensors hold `room` numbers: to pass a symbol for each pixel and unstable ReLU forward gives the same."""
+    boxes, some = list(boxes), max(1, room // max(lower.numel() for lower, _ in boxes))
+    for i, layer in enumerate(layers[:-1]):
+        if isinstance(layer, nn.ReLU) and i > 1:                     # [G] is exact for one layer
+            shape, units = boxes[i][0].shape, torch.arange(boxes[i][0][0].numel(), device=y.device)
+            rows = ((part[:, None] == units).to(boxes[i][0]).view(1, -1, *shape[1:])
+                    for part in units.split(some))
+            ends = zip(*(linear_bounds(layers[:i], boxes, a, 0, "line") for a in rows))
+            boxes[i] = [torch.cat(end, 1).view(shape) for end in ends]
+    return margins(layers, boxes, y, "line")
+
+
+def cheap_margins(layers, boxes, y):
+    """Lower bounds (N, K): the best of three sound ones, [G], [H] with slopes of both kinds."""
+    return torch.stack([margins(layers, boxes, y, slope) for slope in (None, "zero", "half")]).amax(0)
 
 
 def verify(model, images, epsilon, robust):
     """{verified_acc, verified_ci}: images (uint8 (N, C, H, W), labels (N,)) of which the bounds prove, in
-    float64, that nothing within epsilon changes the class; {} for networks without known bounds. Raises Fault
-    should one of them not be robust (N,), the attack's verdict: then a bound is wrong."""
+    float64, that nothing within epsilon changes the class; {} for networks without known bounds. [I] is slow:
+    it gets what the others leave of those that are robust (N,), by the attack's verdict. Raises Fault should
+    one that is not be verified: then a bound is wrong."""
+    exact = copy.deepcopy(model).double()
     try:
-        layers = plain_layers(model)
+        layers = plain_layers(exact)
     except Fault:
         return {}
-    size = max(1, 500 // layers[-1].out_features)                    # [H] holds every layer once a class
-    layers = plain_layers(copy.deepcopy(model).double())
-    with evaluating(model):
-        verified = [(best_margins(layers, to_float(x).double(), y, epsilon).scatter(1, y[:, None], 1.0) > 0)
-                    .all(1) for x, y in zip(images[0].split(size), images[1].split(size))]
-    verified = torch.cat(verified)
+    verified, size = torch.zeros_like(robust), max(1, 500 // layers[-1].out_features)    # [H]: all classes
+    with evaluating(exact):
+        for bound, among, size in ((cheap_margins, ~verified, size), (symbolic_margins, robust, 8)):
+            left = (among & ~verified).nonzero()[:, 0]
+            for part in progress(left.split(size), "bounds", -(-len(left) // size)) if len(left) else ():
+                x, y = to_float(images[0][part]).double(), images[1][part]
+                lower = bound(layers, interval_boxes(layers, x, epsilon), y).scatter(1, y[:, None], 1.0)
+                verified[part] = (lower > 0).all(1)
     if (verified & ~robust).any():
         raise Fault("an image that the bounds verify was misclassified: the bounds are not sound")
     accuracy = per_cent(verified)
@@ -277,17 +284,25 @@ def kl(logits, to):
     return F.kl_div(F.log_softmax(logits, 1), F.log_softmax(to, 1), reduction="none", log_target=True).sum(1)
 
 
-def objective(model, x, y, args, strength):
+def objective(model, x, y, args, strength, w=0.1):
     """[A] The loss of a batch, and the logits of which the log tells how many are right. The radius and the
-    step of the attack are multiplied by `strength`, and with it grows the weight of [G] in [I]."""
+    step of the attack are multiplied by `strength`, with which the share of [G] in [J] grows; w is [K]'s."""
     epsilon, step_size = strength * args.epsilon, strength * args.step_size
     if args.objective == "crown-ibp":
         layers, share = plain_layers(model), 1 - (1 - args.final_share) * strength
         boxes = interval_boxes(layers, x, epsilon)
-        margins = (1 - share) * interval_margins(layers, boxes, y)                   # [G]
+        lower = (1 - share) * margins(layers, boxes, y)                              # [G]
         if share > 0:
-            margins = margins + share * crown_margins(layers, boxes, y)              # [H]
-        return F.cross_entropy(-margins, y), -margins                                # [I]
+            lower = lower + share * margins(layers, boxes, y, "half")                # [H]
+        return F.cross_entropy(-lower, y), -lower                                    # [J]
+    if args.objective == "mixtrain":
+        logits = model(x)
+        loss = F.cross_entropy(logits, y)
+        if torch.rand(()) < 0.8:                                     # a coin of the CPU: a GPU need not wait
+            k, layers = torch.randint(len(x), (args.mix_images,), device=x.device), plain_layers(model)
+            lower = symbolic_margins(layers, interval_boxes(layers, x[k], epsilon), y[k])        # [I]
+            loss = loss + w * F.cross_entropy(-lower, y[k])                          # [K]
+        return loss, logits
     model.eval()                                                 # the attack sees fixed batch-norm statistics
     x_near = x
     if args.objective == "pgd":
@@ -297,22 +312,24 @@ def objective(model, x, y, args, strength):
         x_near = pgd(model, x, y, epsilon, step_size, args.num_steps, start=x + 0.001 * torch.randn_like(x),
                      loss=lambda logits, _: kl(logits, clean))                       # [F]
     elif args.objective == "smooth":
-        x_near = x + args.sigma * torch.randn_like(x)                                # [J], not clamped
+        x_near = x + args.sigma * torch.randn_like(x)                                # [L], not clamped
     model.train()
     if args.objective in ("natural", "pgd"):
         logits = model(x_near).float()
         return F.cross_entropy(logits, y), logits
     logits, near = model(x).float(), model(x_near).float()
-    return F.cross_entropy(logits, y) + args.beta * kl(near, logits).mean(), near    # [F], [J]
+    return F.cross_entropy(logits, y) + args.beta * kl(near, logits).mean(), near    # [F], [L]
 
 
-def train_epoch(model, batches, optimizer, schedule, args, scores=None, masks=None, strength=lambda i: 1.0):
-    """One epoch of [A]; with scores of [D], with masks of [E]; strength(i) is the objective's at batch i.
-    Returns what is logged: mean loss, per cent right of the logits that the objective judges."""
+def train_epoch(model, batches, optimizer, schedule, args, scores=None, masks=None,
+                strength=lambda i: 1.0, epochs=0):
+    """One epoch of [A]; with scores of [D], with masks of [E]; strength(i) is the objective's at batch i, and
+    `epochs` came before at full radius. Returns what is logged: mean loss, per cent right of its logits."""
+    w = min(50.0, 0.1 * 2.5 ** min(7, max(epochs, 0) // 5))                          # [K]; 2.5^7 / 10 > 50
     total = right = n = 0
     for step, (x, y) in enumerate(batches):
         with autocast(args):
-            loss, logits = objective(model, x, y, args, strength(step))              # [A]
+            loss, logits = objective(model, x, y, args, strength(step), w)           # [A]
         total, right, n = total + loss.detach() * len(y), right + (logits.argmax(1) == y).sum(), n + len(y)
         model.zero_grad()                                            # in [D] the optimizer has no weights
         loss.backward()
@@ -329,15 +346,18 @@ def train_epoch(model, batches, optimizer, schedule, args, scores=None, masks=No
     fields = dict(loss=total.item() / n, train_acc=100 * right.item() / n)
     if args.objective == "crown-ibp":
         fields["share"] = 1 - (1 - args.final_share) * strength(step)
+    fields |= dict(w=w) if args.objective == "mixtrain" else {}
     return fields | dict(epsilon=args.epsilon * strength(step))
 
 
-def optimizer_of(module, lr, epochs, data, args):
-    """SGD as in all scripts; Adam for crown-ibp, as in HYDRA's code."""
-    if args.objective != "crown-ibp":
-        return sgd(module, lr, epochs, data, args)
-    adam = torch.optim.Adam(module.parameters(), lr, weight_decay=args.weight_decay)
-    return adam, one_cycle(adam, lr, epochs * data.steps(args.batch_size))
+def optimizer_of(module, lr, epochs, data, args, scores=()):
+    """SGD like common.sgd, or Adam with bounds as in HYDRA's code; ours: no weight decay on the scores."""
+    groups = [dict(params=[*module.parameters()]), dict(params=[*scores], weight_decay=0.0)]
+    kind, more = torch.optim.Adam, {}
+    if args.objective not in BOUNDED:
+        kind, more = torch.optim.SGD, dict(momentum=args.momentum, nesterov=args.momentum > 0, fused=True)
+    optimizer = kind(groups, lr, weight_decay=args.weight_decay, **more)
+    return optimizer, one_cycle(optimizer, lr, epochs * data.steps(args.batch_size))
 
 
 def build(artifact):
@@ -363,9 +383,8 @@ def main(argv=None):
     # Phase 1: a dense robust network; the radius grows in its first epochs, step by step.
     optimizer, schedule = optimizer_of(model, args.lr, phases["pretrain"], data, args)
     for epoch in run.epochs("pretrain", model=model, optimizer=optimizer, schedule=schedule):
-        def strength(step):
-            return ramp(epoch * steps + step, args.ramp_epochs * steps)
-        fields = train_epoch(model, run.batches(), optimizer, schedule, args, strength=strength)
+        fields = train_epoch(model, run.batches(), optimizer, schedule, args, epochs=epoch - args.ramp_epochs,
+                             strength=lambda step: ramp(epoch * steps + step, args.ramp_epochs * steps))
         run.log(epoch=epoch + 1, **fields)
     dense = run.folder / "dense.pt"
     run.compute_once("dense", lambda: save_model(dense, run.script, "dense", network, model, args))
@@ -375,23 +394,21 @@ def main(argv=None):
     lowest = run.compute_once("lowest", lambda: {name: mask.cpu() for name, mask in scores.masks().items()})
     if phases["prune"] and not run.saved:
         scores.mask_weights_()
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    trained = nn.ModuleList([scores, *norms])
-    optimizer, schedule = optimizer_of(trained, args.prune_lr, phases["prune"], data, args)
+    norms = nn.ModuleList(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    optimizer, schedule = optimizer_of(norms, args.prune_lr, phases["prune"], data, args, scores.s)
 
     def mask_changed():
         moved = [(mask.cpu() ^ lowest[name]).sum() for name, mask in scores.masks().items()]
         return 100 * float(sum(moved)) / sum(mask.numel() for mask in lowest.values())
     for epoch in run.epochs("prune", model=model, optimizer=optimizer, schedule=schedule, scores=scores):
-        fields = train_epoch(model, run.batches(), optimizer, schedule, args, scores)
+        fields = train_epoch(model, run.batches(), optimizer, schedule, args, scores, epochs=epoch)
         run.log(epoch=epoch + 1, **fields, mask_changed=mask_changed())
     changed = run.compute_once("changed", mask_changed)
 
     # Phase 3: the cut, and fine-tuning of what is left.
-    def choose():
-        masks = parameter_masks(model, scores.masks(), filters=args.scheme == "filter")
-        return {name: mask.cpu() for name, mask in masks.items()}
-    masks = {name: mask.to(args.device) for name, mask in run.compute_once("masks", choose).items()}
+    masks = run.compute_once("masks", lambda: {name: mask.cpu() for name, mask in parameter_masks(
+        model, scores.masks(), filters=args.scheme == "filter").items()})
+    masks = {name: mask.to(args.device) for name, mask in masks.items()}
     apply_masks_(model, masks)                                       # [E]
     kept = {name: int(mask.sum()) for name, mask in masks.items() if name.endswith("weight")}
     if args.scheme == "filter":
@@ -399,13 +416,11 @@ def main(argv=None):
     model, masks = prepare(model, args), {name: mask for name, mask in masks.items() if not mask.all()}
     optimizer, schedule = optimizer_of(model, args.finetune_lr, phases["finetune"], data, args)
     for epoch in run.epochs("finetune", model=model, optimizer=optimizer, schedule=schedule):
-        fields = train_epoch(model, run.batches(), optimizer, schedule, args, masks=masks)
+        fields = train_epoch(model, run.batches(), optimizer, schedule, args, masks=masks, epochs=epoch)
         run.log(epoch=epoch + 1, **fields)
     save_model(run.folder / "model.pt", run.script, "compact", network, model, args)
-
-    def extra_metrics(network, robust):
-        return verify(network, data.test, args.epsilon, robust)
-    result = run.finish(extra_metrics, kept=kept, mask_changed=changed)
+    result = run.finish(lambda network, robust: verify(network, data.test, args.epsilon, robust), kept=kept,
+                        mask_changed=changed)
     if args.objective == "smooth":
         print(f"certify it by: python tools/evaluate.py {run.folder}/model.pt --smoothing {args.sigma:g}")
     return result

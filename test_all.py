@@ -1235,12 +1235,16 @@ def test_hydra_trades_attack_raises_the_divergence(robust, digits):
 
 # ---------------------------------------------------------------- HYDRA: bounds
 
-def chain(seed, odd=False):
+def chain(seed, kind="linear"):
     """A small random network of plain layers, its images and labels, in float64."""
     torch.manual_seed(seed)
-    if odd:                                                      # sizes that a stride does not divide
-        layers = [nn.Conv2d(2, 3, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(3, 4, (2, 3), stride=(2, 1),
-                  padding=(0, 1), dilation=(1, 2)), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3)]
+    if kind == "odd":                                            # sizes that a stride does not divide
+        layers = [nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2), nn.ReLU(), nn.Conv2d(
+            4, 4, (2, 3), stride=(2, 1), padding=(0, 1), dilation=(1, 2), bias=False), nn.ReLU(inplace=True),
+            nn.Flatten(), nn.LazyLinear(3)]
+        x = torch.rand(4, 2, 8, 7)
+    elif kind != "linear":
+        layers = common.build_network(kind, 1, 2, 3, (8, 7))
         x = torch.rand(4, 2, 8, 7)
     else:
         layers = [nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 3)]
@@ -1250,12 +1254,33 @@ def chain(seed, odd=False):
     return model.double(), x.double(), torch.tensor([0, 1, 2, 1])
 
 
-def all_bounds(model, x, y, epsilon):
+def all_bounds(model, x, y, epsilon, **room):
     layers = hydra_prune.plain_layers(model)
     boxes = hydra_prune.interval_boxes(layers, x, epsilon)
-    return dict(ibp=hydra_prune.interval_margins(layers, boxes, y), best=hydra_prune.best_margins(
-        layers, x, y, epsilon), zero=hydra_prune.crown_margins(layers, boxes, y, False),
-        crown=hydra_prune.crown_margins(layers, boxes, y, True))
+    found = {name: hydra_prune.margins(layers, boxes, y, slope) for name, slope in
+             (("ibp", None), ("zero", "zero"), ("crown", "half"))}
+    return found | dict(cheap=hydra_prune.cheap_margins(layers, boxes, y),
+                        symbolic=hydra_prune.symbolic_margins(layers, boxes, y, **room))
+
+
+def forward_symbols(model, x, y, epsilon):
+    """The symbolic bounds by their other definition: rows of a matrix, one a symbol, passed forward."""
+    found = []
+    for image, label in zip(x, y):
+        low, up = (image - epsilon).clamp(min=0), (image + epsilon).clamp(max=1)
+        center, symbols = (low + up) / 2, torch.diag((up - low).flatten() / 2).view(-1, *image.shape)
+        for layer in model:
+            if not isinstance(layer, nn.ReLU):
+                symbols = layer(symbols) - layer(torch.zeros_like(center)[None])
+                center = layer(center[None])[0]
+                continue
+            low, up = (center + s * symbols.abs().sum(0) for s in (-1, 1))
+            slope = torch.where(low >= 0, 1.0, torch.where(up <= 0, 0.0, up / (up - low)))
+            half = torch.where((low < 0) & (up > 0), -slope * low / 2, 0.0)
+            center, new = slope * center + half, torch.diag(half.flatten()).view(-1, *half.shape)
+            symbols = torch.cat([slope * symbols, new])
+        found.append(center[label] - center - (symbols[:, label, None] - symbols).abs().sum(0))
+    return torch.stack(found)
 
 
 def margins(model, x, y):
@@ -1263,10 +1288,10 @@ def margins(model, x, y):
     return logits.gather(1, y[:, None]) - logits
 
 
-@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "odd", "cnn_small", "cnn_large"])
 @pytest.mark.parametrize("seed", range(5))
-def test_hydra_bounds_contain_samples_corners_and_attacks(odd, seed):
-    model, x, y = chain(seed, odd)
+def test_hydra_bounds_contain_samples_corners_and_attacks(kind, seed):
+    model, x, y = chain(seed, kind)
     generator, found = torch.Generator().manual_seed(seed), margins(model, x, y)
     bounds, in_place = all_bounds(model, x, y, 0.15), copy.deepcopy(model)
     for layer in in_place:
@@ -1282,8 +1307,11 @@ def test_hydra_bounds_contain_samples_corners_and_attacks(odd, seed):
         found = torch.minimum(found, margins(model, attacked.double(), y))
     for bound in bounds.values():
         assert (bound <= found + 1e-9).all()
-    assert (bounds["zero"] >= bounds["ibp"] - 1e-9).all() and (bounds["best"] >= bounds["crown"]).all()
-    assert (bounds["best"] == torch.stack([bounds[k] for k in ("ibp", "zero", "crown")]).amax(0)).all()
+    assert (bounds["zero"] >= bounds["ibp"] - 1e-9).all() and (bounds["zero"] > bounds["ibp"] + 1e-4).any()
+    assert (bounds["cheap"] == torch.stack([bounds[k] for k in ("ibp", "zero", "crown")]).amax(0)).all()
+    for room in ({}, dict(room=1)):                              # room for one unit at a time
+        symbolic = all_bounds(model, x, y, 0.15, **room)["symbolic"]
+        assert torch.allclose(symbolic, forward_symbols(model, x, y, 0.15), rtol=0, atol=1e-12)
     exact = margins(model, x, y)
     assert all(torch.allclose(bound, exact) for bound in all_bounds(model, x, y, 0.0).values())
     assert (bounds["ibp"] <= all_bounds(model, x, y, 0.1)["ibp"] + 1e-9).all()
@@ -1313,6 +1341,15 @@ def test_hydra_bounds_of_one_neuron_are_exact(low, high):
         below = low if low < 0 < high and high > -low else max(low, 0)       # slope 1 where high is larger
         wanted = exact if c < 0 else 0.7 + c * below
         assert bounds["crown"][0, 1].item() == pytest.approx(wanted, abs=1e-6)
+        least = max(low, -0.5)                                   # where the pixel is 0
+        wanted = exact if c < 0 else 0.7 + c * (least * high / (high - least) if low < 0 < high else max(low, 0))
+        assert bounds["symbolic"][0, 1].item() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_hydra_bounds_neither_symbolic_nor_cheap_dominate():
+    bounds = [all_bounds(*chain(seed, kind), 0.15) for seed in range(6) for kind in ("linear", "odd")]
+    gains = torch.cat([found["symbolic"] - found["cheap"] for found in bounds])
+    assert gains.max() > 0.05 and gains.min() < -0.02
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -1360,16 +1397,16 @@ def test_hydra_bounds_do_not_depend_on_other_images_and_are_those_of_the_file(tm
     generator = torch.Generator().manual_seed(0)
     x, y = torch.rand(6, 1, 8, 8, generator=generator).double(), torch.arange(6)
     x = 0.5 + 0.02 * x                                           # of low contrast
-    together, layers = all_bounds(model, x, y, 0.05)["best"], hydra_prune.plain_layers(model)
+    together, layers = all_bounds(model, x, y, 0.05)["cheap"], hydra_prune.plain_layers(model)
     mixed = torch.cat([x, torch.rand(3, 1, 8, 8).double().round()])
-    for other in (torch.cat([all_bounds(model, x[i:i + 1], y[i:i + 1], 0.05)["best"] for i in range(6)]),
-                  all_bounds(model, mixed, torch.arange(9), 0.05)["best"][:6]):
+    for other in (torch.cat([all_bounds(model, x[i:i + 1], y[i:i + 1], 0.05)["cheap"] for i in range(6)]),
+                  all_bounds(model, mixed, torch.arange(9), 0.05)["cheap"][:6]):
         assert torch.allclose(together, other, atol=1e-12)
     boxes = hydra_prune.interval_boxes(layers, x, 0.6)
     assert boxes[0][0].min() == 0 and boxes[0][1].max() == 1     # of the pixels, not of the batch
     dense = common.build_network("cnn_small", 4, 1, 10, (8, 8)).double()
     dense.load_state_dict(model.state_dict())
-    assert torch.equal(all_bounds(dense, x, y, 0.05)["best"], together)
+    assert torch.equal(all_bounds(dense, x, y, 0.05)["cheap"], together)
     assert result["verified_ci"][0] <= result["verified_acc"] <= result["verified_ci"][1]
 
 
@@ -1383,7 +1420,47 @@ def test_hydra_bounds_of_unknown_layers_are_refused():
     assert hydra_prune.verify(resnet(), None, 0.1, None) == {}
 
 
-def test_hydra_a_bound_that_is_wrong_is_noticed(standard, digits, monkeypatch):
+@pytest.fixture(scope="session")
+def pgd_trained(digits):
+    """cnn_small trained by PGD at epsilon 0.04, and which test images an attack leaves right."""
+    args = hydra_prune.get_args("--dataset digits --arch cnn_small --width 16 --epsilon 0.04 --num-steps 5 "
+                                "--step-size 0.01 --device cpu --amp off".split())
+    model, generator = common.build_network(**common.network_of(args, digits)), torch.Generator()
+    optimizer, schedule = hydra_prune.optimizer_of(model, args.lr, 10, digits, args)
+    for _ in range(10):
+        batches = digits.batches(args.batch_size, generator)
+        hydra_prune.train_epoch(model, batches, optimizer, schedule, args)
+    with common.evaluating(model) as generator:
+        first = common.first_broken_iterate(model, digits.test, generator, epsilon=0.04, step_size=0.01,
+                                            num_steps=10)
+    return model, first > 10
+
+
+def test_hydra_symbolic_bound_verifies_what_pgd_trained_and_gets_only_what_is_open(pgd_trained, digits,
+                                                                                   monkeypatch):
+    model, robust = pgd_trained
+    result, seen, symbolic = {}, [], hydra_prune.symbolic_margins
+
+    def spy(layers, boxes, y):
+        seen.append(boxes[0][0])
+        return symbolic(layers, boxes, y)
+    for bound in (spy, lambda layers, boxes, y: torch.zeros(len(y), 10)):
+        monkeypatch.setattr(hydra_prune, "symbolic_margins", bound)
+        result[bound] = hydra_prune.verify(model, digits.test, 0.04, robust)["verified_acc"]
+    assert result[spy] > 70 and result[bound] < 30 and result[spy] <= common.per_cent(robust)
+    monkeypatch.undo()
+    x, y = common.to_float(digits.test[0]).double(), digits.test[1]
+    bounds = all_bounds(copy.deepcopy(model).double(), x, y, 0.04)
+    cheap, four = ((lower.scatter(1, y[:, None], 1.0) > 0).all(1) for lower in (
+        bounds["cheap"], torch.maximum(bounds["cheap"], bounds["symbolic"])))
+    assert torch.equal(torch.cat(seen), (x - 0.04).clamp(min=0)[robust & ~cheap]) and max(map(len, seen)) <= 8
+    assert result[spy] == common.per_cent(four) and result[bound] == common.per_cent(cheap)
+    assert not (four & ~robust).any() and (~robust & ~cheap).any() and cheap.any()
+
+
+@pytest.mark.parametrize("name", ["cheap_margins", "symbolic_margins"])
+def test_hydra_a_bound_that_is_wrong_or_breaks_is_noticed_and_leaves_the_network_as_it_was(
+        digits, monkeypatch, name):
     torch.manual_seed(0)
     model = common.build_network("cnn_small", 4, 1, 10, (8, 8))
     images = [t[:120] for t in digits.test]
@@ -1392,13 +1469,104 @@ def test_hydra_a_bound_that_is_wrong_is_noticed(standard, digits, monkeypatch):
         return hydra_prune.verify(model, images, 0.01, robust)
     said = common.evaluate(model, images, **SETTINGS | {"epsilon": 0.01}, extra_metrics=judge)
     assert 0 < said["verified_acc"] <= said["robust_acc"] < 100
-    monkeypatch.setattr(hydra_prune, "best_margins", lambda layers, x, y, epsilon: torch.ones(len(x), 10))
-    with pytest.raises(common.Fault, match="not sound"):
-        common.evaluate(model.train(), images, **SETTINGS | {"epsilon": 0.01}, extra_metrics=judge)
-    assert all(m.training for m in model.modules()) and model[0].weight.dtype == torch.float32
+
+    def broken(layers, boxes, y):
+        raise MemoryError
+    wrong = dict(cheap_margins=lambda layers, boxes, y: torch.ones(len(y), 10)).get(name, broken)
+    monkeypatch.setattr(hydra_prune, name, wrong)
+    model[2].train(), model[3].eval()
+    modes, before = [m.training for m in model.modules()], copy.deepcopy(model.state_dict())
+    with pytest.raises((common.Fault, MemoryError), match="not sound" if name == "cheap_margins" else None):
+        judge(model, torch.arange(120) % 3 > 0)
+    assert modes == [m.training for m in model.modules()]
+    assert all(v.dtype == torch.float32 and torch.equal(v, before[k]) for k, v in model.state_dict().items())
     monkeypatch.undo()                                           # a margin of exactly 0 proves nothing
     flat = linear(torch.zeros(10, 64))
     assert hydra_prune.verify(flat, images, 0.01, torch.ones(120) == 1)["verified_acc"] == 0
+
+
+def test_hydra_mixtrain_loss_is_its_formula_and_reaches_the_scores():
+    model, x, y = chain(1)
+    flags = "--dataset digits --objective mixtrain --mix-images 7 --device cpu"
+    args, coins = hydra_prune.get_args(flags.split()), []
+    assert (args.epsilon, args.step_size, args.arch, args.amp) == (0.02, 0.005, "cnn_small", False)
+    for seed in range(60):
+        torch.manual_seed(seed)
+        loss, logits = hydra_prune.objective(model, x, y, args, 0.5, 3.0)
+        torch.manual_seed(seed)
+        coins.append(bool(torch.rand(()) < 0.8))
+        some = torch.randint(4, (7,))
+        wanted = F.cross_entropy(model(x), y)
+        if coins[-1]:
+            wanted = wanted + 3 * F.cross_entropy(-forward_symbols(model, x[some], y[some], 0.01), y[some])
+        assert torch.allclose(loss, wanted) and torch.equal(logits, model(x))
+    assert 0.7 < sum(coins) / 60 < 0.9
+    parameters = list(model.parameters())
+    for found, sought in zip(*(torch.autograd.grad(of, parameters) for of in (loss, wanted))):
+        assert torch.allclose(found, sought) and found.any()
+    for arch, images in (("cnn_small", 5), ("cnn_large", 1)):
+        flags = f"--dataset digits --objective mixtrain --device cpu --arch {arch}"
+        assert hydra_prune.get_args(flags.split()).mix_images == images
+
+
+def test_hydra_weight_of_mixtrain_and_scores_without_weight_decay(tmp_path, monkeypatch):
+    """The weight begins anew in each phase and grows at the full radius; batch norms keep their decay."""
+    optimizers, epochs, weights = [], [], []
+    optimizer_of, train_epoch = hydra_prune.optimizer_of, hydra_prune.train_epoch
+
+    def spy(model, batches, optimizer, *rest, **more):
+        epochs.append(more["epochs"])
+        optimizers.append(optimizer)
+        return train_epoch(model, batches, optimizer, *rest, **more)
+    monkeypatch.setattr(hydra_prune, "train_epoch", spy)
+    unevaluated(monkeypatch)
+    tiny(tmp_path / "run", "--objective", "natural", "--ramp-epochs", "1", script=hydra_prune)
+    assert epochs == [-1, 0, 0, 1, 0, 1]
+    args = hydra_prune.get_args("--dataset digits --objective mixtrain --device cpu".split())
+    monkeypatch.setattr(hydra_prune, "objective", lambda model, x, y, args, strength, w: (
+        weights.append(w), (model(x).sum(), model(x)))[1])
+    model, x, y = chain(0)
+    for epoch in (-30, 0, 4, 5, 10, 34, 35, 9999):
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        said = train_epoch(model, [(x, y)], optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), args,
+                           epochs=epoch)
+        assert said["w"] == weights[-1]
+    assert weights == pytest.approx([0.1, 0.1, 0.1, 0.25, 0.625, 0.1 * 2.5**6, 50, 50])
+    norms = sum(isinstance(m, nn.BatchNorm2d) for m in resnet().modules())
+    groups = [[(len(g["params"]), g["weight_decay"]) for g in o.param_groups] for o in optimizers[::2]]
+    assert groups[1] == [(2 * norms, 5e-4), (len(hydra_prune.Scores(resnet(), "irregular", 2).s), 0)]
+    assert all(g[0][1] == 5e-4 and g[1][0] == 0 for g in (groups[0], groups[2]))
+    for objective, kind in (("pgd", torch.optim.SGD), ("mixtrain", torch.optim.Adam)):
+        args = hydra_prune.get_args(["--dataset", "digits", "--objective", objective, "--device", "cpu"])
+        model, data = resnet(), common.Data((x, y), (x, y), [])
+        scores, norm = hydra_prune.Scores(model, "irregular", 2), model.bn1
+        before = [p.detach().clone() for p in (*scores.s, norm.weight)]
+        optimizer, _ = optimizer_of(norm, 1.0, 5, data, args, scores.s)
+        for p in (*scores.s, *norm.parameters()):
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        assert type(optimizer) is kind and not torch.equal(before.pop(), norm.weight)
+        assert all(map(torch.equal, before, scores.s))
+
+
+def test_hydra_mixtrain_resumes_bit_for_bit(whole, tmp_path, monkeypatch):
+    more = "--objective mixtrain --arch cnn_small --mix-images 2".split()
+    finished, save = whole(hydra_prune, *more)[0], common.Run.save
+    unevaluated(monkeypatch)
+    for saves in (2, 5, 8):                                      # within each phase
+        count, folder = itertools.count(1), tmp_path / str(saves)
+
+        def stopping(run, *args):
+            save(run, *args)
+            if next(count) == saves:
+                raise Stop
+        monkeypatch.setattr(common.Run, "save", stopping)
+        with pytest.raises(Stop):
+            tiny(folder, *more, script=hydra_prune)
+        monkeypatch.setattr(common.Run, "save", save)
+        torch.manual_seed(12345)
+        tiny(folder, *more, "--resume", script=hydra_prune)
+        assert same_weights(finished / "model.pt", folder / "model.pt")
 
 
 def test_hydra_crown_ibp_loss_mixes_both_bounds_and_reaches_the_scores(digits):
@@ -1924,7 +2092,7 @@ def test_pretrained_network_skips_the_first_phase(finished, tmp_path):
 
 
 FLAGS = {                                                        # base + flag
-    cstar: "--admm-epochs 0, --rank-rule uniform, --rho 0.1, --hooi 2, --amp "
+    cstar: "--admm-epochs 0, --rank-rule uniform, --budget macs, --rho 0.1, --hooi 2, --amp "
            f"{'off' if common.bfloat16_is_fast('cpu') else 'on'}, --admm-lr 0.001, --finetune-lr 0.001, "
            "--weight-decay 0.1, --momentum 0.5, --finetune-epochs 0",
     admm_prune: "--admm-epochs 0, --rho 5, --rho-growth 2, --rho-growth 9 + --rho-max 0.9, --admm-interval 2, "
@@ -1933,7 +2101,8 @@ FLAGS = {                                                        # base + flag
     hydra_prune: "--scores lwm, --objective trades, --objective trades + --beta 1, --objective smooth, --ratio 3, "
                  "--objective smooth + --sigma 0.5, --scheme filter, --prune-lr 1, --finetune-lr 0.001, "
                  "--ramp-epochs 2, --prune-epochs 1, --objective natural, --arch cnn_small + --objective "
-                 "crown-ibp, --objective crown-ibp --arch cnn_small + --final-share 1",
+                 "crown-ibp, --objective crown-ibp --arch cnn_small + --final-share 1, --arch cnn_small + "
+                 "--objective mixtrain, --objective mixtrain --arch cnn_small + --mix-images 2",
     binary_relax: "--method bc, --bits 1, --bits 4, --bits 32, --adv-weight 1, --nat-weight 0, --noise 0.1, "
                   "--members 2, --depth 14, --relax-epochs 1, --relax-lr 0.001, --ramp-epochs 5, "
                   "--momentum 0.5, --weight-decay 0.1"}
@@ -2087,7 +2256,11 @@ REFUSED = {
         ("--objective crown-ibp --amp on", "float32"), ("--scores random", "--scores"),
         ("--objective crown-ibp --compile", "torch.compile"), ("--scheme column", "--scheme"),
         ("--final-share 2", "--final-share"), ("--ramp-epochs 99", "99 is more than the 15"),
-        ("--objective mixtrain", "--objective"), ("--sigma 0", "--sigma"),
+        ("--objective mixtrain --arch resnet18", "mixtrain is for"), ("--sigma 0", "--sigma"),
+        ("--objective mixtrain --amp on", "float32"), ("--objective mixtrain --compile", "torch.compile"),
+        ("--objective mixtrain --momentum 0.9", "--momentum.*mixtrain.*Adam"),
+        ("--mix-images 3", "--mix-images.*pgd"), ("--objective mixtrain --mix-images 0", "--mix-images.*from 1"),
+        ("--objective mixtrain --beta 1", "--beta.*mixtrain"),
         ("--beta 1", "--beta: does nothing"), ("--scores lwm --prune-lr 1", "--prune-lr: does"),
         ("--prune-epochs 0 --prune-lr 1", "--prune-lr: does"),
         ("--objective crown-ibp --momentum 0.5", "--momentum: does"),
