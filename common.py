@@ -760,6 +760,11 @@ def fraction_correct(model, x, y, draws):
     return torch.stack([logits_of(model, x).argmax(1) == y for _ in range(draws)]).double().mean(0)
 
 
+def evaluation_step(args):
+    """The attack's step in evaluation; a long one, of fast adversarial training, reaches only the corners."""
+    return min(args.step_size, args.epsilon / 4)
+
+
 def is_random(model, x):
     """Whether two forward passes over the first images of x, uint8, differ."""
     a, b = (logits_of(model, to_float(x[:64])) for _ in range(2))
@@ -963,13 +968,14 @@ def save_model(path, script, kind, network, model, args, state=None, **more):
     floats = {name: t for name, t in state.items() if t.is_floating_point()}
     values = torch.cat([t.flatten() for t in floats.values()])
     bits = zlib.compress(np.packbits((values != 0).numpy()).tobytes(), 9)
-    settings = "dataset", "epsilon", "step_size", "eval_steps", "restarts", "eot"
+    settings = "dataset", "epsilon", "eval_steps", "restarts", "eot"
     save_file(path, dict(
         script=script, kind=kind, network=network, **more, values=values[values != 0],
         bits=torch.frombuffer(bytearray(bits), dtype=torch.uint8),
         shapes={name: list(t.shape) for name, t in floats.items()},
         counters={name: t.item() for name, t in state.items() if name not in floats},
-        attack_settings={k: getattr(args, k) for k in settings if k in args}))
+        attack_settings={k: getattr(args, k) for k in settings if k in args} | dict(
+            step_size=evaluation_step(args))))
 
 
 @contextlib.contextmanager
@@ -1177,7 +1183,7 @@ class Run:
     def finish(self, extra_metrics=None, **more):
         """Reads dense.pt and model.pt back from disk, evaluates both, writes and returns result.json."""
         self.phase, self.begin, args, device = "final", time.time(), self.args, self.args.device
-        attack = dict(epsilon=args.epsilon, step_size=args.step_size, num_steps=args.eval_steps,
+        attack = dict(epsilon=args.epsilon, step_size=evaluation_step(args), num_steps=args.eval_steps,
                       seed=args.seed, eot=getattr(args, "eot", None) or 10)
         files = [self.folder / "dense.pt", self.folder / "model.pt"]
         (artifact, dense), (_, compact) = map(read_model, files)
