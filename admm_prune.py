@@ -43,9 +43,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import (Fault, Run, UsageFault, apply_masks_, autocast, build_network, channel_groups, cli,
-                    load_data, load_pretrained, network_of, number, parameter_masks, pgd, prepare, ramp, rate,
-                    read_artifact, remove_filters_, resize_, resolve, save_model, script_parser, sgd,
-                    topk_mask, whole)
+                    load_data, load_pretrained, make_optimizer, network_of, number, parameter_masks, pgd,
+                    prepare, ramp, rate, read_artifact, remove_filters_, resize_, resolve, save_model,
+                    script_parser, topk_mask, whole)
 
 
 def get_args(argv=None):
@@ -241,8 +241,7 @@ def read_ticket(args, network):
 def main(argv=None):
     args = get_args(argv)
     data = load_data(args)
-    network = network_of(args, data)
-    phases, ratio = phases_of(args), args.ratio
+    network, phases, ratio = network_of(args, data), phases_of(args), args.ratio
     if args.mode == "scratch":
         network["width"], ratio = args.target_width, 1
     model = build_network(**network)
@@ -264,7 +263,7 @@ def main(argv=None):
         return parameter_masks(model, masks, filters=args.scheme == "filter")
 
     # Phase 1: a dense robust network.
-    optimizer, schedule = sgd(model, args.lr, phases["pretrain"], data, args)
+    optimizer, schedule = make_optimizer(model, args.lr, phases["pretrain"], data, args)
     for epoch in run.epochs("pretrain", model=model, optimizer=optimizer, schedule=schedule):
         strength = ramp(epoch, args.ramp_epochs)
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, strength=strength)
@@ -282,7 +281,7 @@ def main(argv=None):
     steps = args.admm_interval * data.steps(args.batch_size)
     rho = args.rho or 3 * (1 - args.momentum) / (args.admm_lr * steps)
     admm = ADMM(model, choose, rho, args.rho_growth, args.rho_max)
-    optimizer, schedule = sgd(model, args.admm_lr, phases["admm"], data, args)
+    optimizer, schedule = make_optimizer(model, args.admm_lr, phases["admm"], data, args)
     for epoch in run.epochs("admm", model=model, optimizer=optimizer, schedule=schedule, admm=admm):
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, admm.penalty)
         if (epoch + 1) % args.admm_interval == 0:
@@ -312,7 +311,7 @@ def main(argv=None):
         model, masks = remove_filters_(model, masks)
     model, masks = prepare(model, args), {name: mask for name, mask in masks.items() if not mask.all()}
     lr = args.lr if ticket else args.finetune_lr
-    optimizer, schedule = sgd(model, lr, phases["finetune"], data, args)
+    optimizer, schedule = make_optimizer(model, lr, phases["finetune"], data, args)
     for epoch in run.epochs("finetune", model=model, optimizer=optimizer, schedule=schedule):
         strength = ramp(epoch, args.ramp_epochs) if ticket else 1.0
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, masks=masks, strength=strength)

@@ -48,9 +48,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import (CIFAR, RECIPES, Fault, Run, UsageFault, WideBlock, autocast, build_network,
-                    channel_groups, cli, conv3x3, evaluate, load_data, load_pretrained, network_of, number,
-                    per_cent, pgd, prepare, ramp, rate, resize_, resolve, save_model, script_parser, sgd,
-                    whole, without_channels)
+                    channel_groups, cli, conv3x3, evaluate, load_data, load_pretrained, make_optimizer,
+                    network_of, number, per_cent, pgd, prepare, ramp, rate, resize_, resolve, save_model,
+                    script_parser, whole, without_channels)
 
 
 def get_args(argv=None):
@@ -333,7 +333,7 @@ def main(argv=None):
     weights = list(quantisable(model).values()) if args.bits < 32 else []
 
     # Phase 1: a dense robust network of float weights. The radius may grow over all phases.
-    optimizer, schedule = sgd(model, args.lr, args.pretrain_epochs, data, args)
+    optimizer, schedule = make_optimizer(model, args.lr, args.pretrain_epochs, data, args)
     for epoch in run.epochs("pretrain", model=model, optimizer=optimizer, schedule=schedule):
         strength = ramp(epoch, args.ramp_epochs)
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, strength=strength)
@@ -345,7 +345,8 @@ def main(argv=None):
         return sparsity([project(w.detach(), args.bits)[0] for w in weights]) if weights else {}
 
     # Phase 2: relaxed weights, ever nearer to quantised ones. The model holds v between the steps.
-    optimizer, schedule = sgd(model, args.relax_lr, args.relax_epochs + args.finetune_epochs, data, args)
+    epochs = args.relax_epochs + args.finetune_epochs
+    optimizer, schedule = make_optimizer(model, args.relax_lr, epochs, data, args)
     states = dict(model=model, optimizer=optimizer, schedule=schedule)
     for epoch in run.epochs("relax", **states):
         lam = 350 ** (epoch / args.relax_epochs) if args.method == "br" else math.inf                # [E]

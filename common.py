@@ -1,8 +1,6 @@
-"""What the four scripts share: flags, data, networks, PGD, evaluation, files and the run.
-
-Nothing here belongs to one paper. A network takes images in [0, 1], (N, C, H, W), and gives logits. Scripts
-import this file, which knows none of them and is never run; programs for finished work are in tools/.
-"""
+"""What the four scripts share: flags, data, networks, PGD, evaluation, files and the run. Nothing in it is of
+one paper. A network takes images in [0, 1], (N, C, H, W), and gives logits. Scripts import this file, which
+knows none of them and is never run; programs for finished work are in tools/."""
 import argparse
 import contextlib
 import functools
@@ -44,7 +42,6 @@ RECIPES = {
 AUGMENTATION = {"digits": dict(), "mnist": dict(), "svhn": dict(crop=4)}      # others: crop=4, flip=True
 FORMAT = 2                                                       # of all files; 1 had other bit maps
 CLEAR = "\r\033[K"                                               # takes progress() off the terminal's line
-OUT_OF_MEMORY = "out of memory", "can't allocate"                # what torch says on a GPU and on a CPU
 
 
 # ---------------------------------------------------------------- faults and flags
@@ -85,8 +82,8 @@ def number(low, high=10**9, kind=float, hint=""):
             value = float(Fraction(text)) if kind is float else int(text)
             if low <= value <= high:
                 return value
-        wanted = "a number" if kind is float else "a whole number"
-        raise argparse.ArgumentTypeError(f"{text} is not {wanted} from {low} to {high}{hint}")
+        raise argparse.ArgumentTypeError(
+            f"{text} is not a {'whole ' * (kind is int)}number from {low} to {high}{hint}")
     return convert
 
 
@@ -96,9 +93,8 @@ rate = number(1e-8, 10)
 
 
 def script_parser(doc, script, phase, networks=(), adapt=lambda recipe: {}):
-    """The parser of a script with the flags that all four have; the script adds its paper's own. phase is the
-    flag for compress_epochs, networks are names of --arch that only this script knows; what adapt(recipe)
-    gives differs from that recipe of RECIPES."""
+    """The parser of a script with the flags that all four have. phase: the flag for compress_epochs;
+    networks: names of --arch that only this script knows; adapt(recipe): what of RECIPES it changes."""
     recipes = {name: {phase if k == "compress_epochs" else k: v for k, v in (recipe | adapt(recipe)).items()}
                for name, recipe in RECIPES.items()}
     lines = (" ".join([f"  {name}:", *(f"--{k} {v:.5g}" if isinstance(v, float) else f"--{k} {v}"
@@ -134,6 +130,7 @@ def script_parser(doc, script, phase, networks=(), adapt=lambda recipe: {}):
     attack.add_argument("--num-steps", type=whole(0, 10000), help="PGD steps in training")
     attack.add_argument("--ramp-epochs", type=whole(0, 10000), help="first epochs, in which the radius grows")
     attack.add_argument("--eval-steps", type=whole(1, 10000), default=50, help="PGD steps in evaluation")
+    attack.add_argument("--eval-step-size", type=radius, help="(default: --step-size, at most epsilon / 4)")
     attack.add_argument("--restarts", type=whole(1, 1000), default=2, help="in evaluation, losses in turn")
     return parser
 
@@ -157,6 +154,7 @@ def resolve(parser, args, longest_ramp=lambda args: args.pretrain_epochs, **defa
         parser.error(f"argument --ramp-epochs: {ramp_given} is more than the {longest} epochs in which the "
                      "radius can grow")
     args.ramp_epochs = min(args.ramp_epochs, longest)
+    args.eval_step_size = args.eval_step_size or min(args.step_size, args.epsilon / 4)
     args.device = check_device(args.device)
     if args.compile and not any(map(shutil.which, ("cc", "gcc", "c++", "g++", "clang++"))):
         parser.error("argument --compile: torch.compile needs a C++ compiler, and none is on the PATH")
@@ -211,21 +209,17 @@ def cli(main):
     status = message = None
     try:
         main()
-    except Fault as fault:
-        status, message = fault.status, f"{Run.active.where}{fault}" if Run.active else fault
     except BrokenPipeError:                                          # `| head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except (MemoryError, RuntimeError) as fault:
-        if not isinstance(fault, MemoryError) and not any(s in str(fault) for s in OUT_OF_MEMORY):
+        if isinstance(fault, RuntimeError) and "allocate" not in str(fault):     # on a CPU, and on a GPU
             raise
         status, message = 1, "out of memory; a smaller --batch-size or --width needs less"
-    except OSError as fault:
-        status, message = 1, fault
-    except KeyboardInterrupt:
-        status = 130
-    except SystemExit as stop:
-        status = stop.code
+    except (Fault, OSError) as fault:
+        status, message = getattr(fault, "status", 1), f"{Run.active.where if Run.active else ''}{fault}"
+    except (KeyboardInterrupt, SystemExit) as stop:
+        status = getattr(stop, "code", 130)
     if status in (130, 143) and Run.active:
         command = shlex.join(["python", *(a for a in sys.argv if a != "--resume"), "--resume"])
         message = f"stopped; the last finished epoch is kept. To continue: {command}"
@@ -323,8 +317,7 @@ def read_digits():
 
 
 def read_torchvision(name, root, download):
-    """A known set as torchvision lays it out, fetched by torchvision where it is absent; without `download`
-    None if it is absent or incomplete."""
+    """A known set as torchvision lays it out, and fetches it; without `download` None if it is not whole."""
     try:                            # RuntimeError, not ImportError, when torch and torchvision do not match
         import torchvision.datasets
         reader = getattr(torchvision.datasets, TORCHVISION[name][0])
@@ -593,12 +586,10 @@ def parameter_masks(model, masks, filters):
     return {name: out[name] for name, _ in model.named_parameters() if name in out}
 
 
-@torch.no_grad()
 def apply_masks_(model, masks):
     """Sets what is pruned to zero; masks are those of parameter_masks."""
-    parameters = dict(model.named_parameters())
     for name, mask in masks.items():
-        parameters[name].masked_fill_(~mask, 0)
+        model.get_parameter(name).data.masked_fill_(~mask, 0)
 
 
 def remove_filters_(model, masks):
@@ -624,17 +615,15 @@ def prepare(model, args):
     return model
 
 
-def sgd(model, lr, epochs, data, args):
-    """SGD with Nesterov momentum; the rate rises to lr in a fifth of the steps and falls to 0 as a cosine."""
-    opt = torch.optim.SGD(model.parameters(), lr, args.momentum, weight_decay=args.weight_decay,
-                          nesterov=args.momentum > 0, fused=True)
-    return opt, one_cycle(opt, lr, epochs * data.steps(args.batch_size))
-
-
-def one_cycle(optimizer, lr, steps):
-    """The rate of sgd() for any optimizer; 0.2 of 5 would be one step, by which OneCycleLR would divide."""
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, max(1, steps) + 1, cycle_momentum=False,
-                                               pct_start=0.3 if steps == 4 else 0.2)
+def make_optimizer(model, lr, epochs, data, args, adam=False, undecayed=()):
+    """SGD with Nesterov momentum, or Adam, and its schedule: up to lr in a fifth of the steps, down to 0."""
+    groups = [dict(params=[*model.parameters()]), dict(params=[*undecayed], weight_decay=0.0)]
+    kind, momentum = (torch.optim.Adam, {}) if adam else (torch.optim.SGD, dict(
+        momentum=args.momentum, nesterov=args.momentum > 0, fused=True))
+    optimizer = kind(groups, lr, weight_decay=args.weight_decay, **momentum)
+    steps = max(1, epochs * data.steps(args.batch_size))
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(       # 0.2 of 5 is one step, by which it divides
+        optimizer, lr, steps + 1, cycle_momentum=False, pct_start=0.3 if steps == 4 else 0.2)
 
 
 def ramp(epoch, epochs):
@@ -760,11 +749,6 @@ def fraction_correct(model, x, y, draws):
     return torch.stack([logits_of(model, x).argmax(1) == y for _ in range(draws)]).double().mean(0)
 
 
-def evaluation_step(args):
-    """The attack's step in evaluation; a long one, of fast adversarial training, reaches only the corners."""
-    return min(args.step_size, args.epsilon / 4)
-
-
 def is_random(model, x):
     """Whether two forward passes over the first images of x, uint8, differ."""
     a, b = (logits_of(model, to_float(x[:64])) for _ in range(2))
@@ -772,8 +756,7 @@ def is_random(model, x):
 
 
 def checked(model, images):
-    """(images, labels as int64); Fault unless they are uint8 (N, C, H, W) and whole numbers (N,) from 0 to
-    below the network's number of classes."""
+    """(images, labels as int64); Fault unless they are uint8 (N, C, H, W) and the network's classes (N,)."""
     x, y = images
     whole_numbers = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
     if x.dtype != torch.uint8 or x.dim() != 4 or y.dtype not in whole_numbers or not 0 < len(x) == len(y):
@@ -975,7 +958,7 @@ def save_model(path, script, kind, network, model, args, state=None, **more):
         shapes={name: list(t.shape) for name, t in floats.items()},
         counters={name: t.item() for name, t in state.items() if name not in floats},
         attack_settings={k: getattr(args, k) for k in settings if k in args} | dict(
-            step_size=evaluation_step(args))))
+            step_size=args.eval_step_size)))
 
 
 @contextlib.contextmanager
@@ -1043,9 +1026,8 @@ def load_pretrained(model, path, network):
 class Run:
     """One run's output folder: its log, its checkpoint and its result. phases: {name: epochs}, in order.
 
-    epochs() and compute_once() make a script resumable: last.pt holds phase, epoch, the state of the objects
-    that epochs() was given, random states, and what compute_once() found. `saved` is its content until the
-    phase in which the run was stopped is reached, then None."""
+    epochs() and compute_once() make a script resumable by last.pt, whose content is `saved` until the phase
+    is reached in which the run was stopped, then None."""
     active = None                                                # the run that this process is in
     where = ""                                                   # for messages: "pretrain 3/15: "
 
@@ -1102,7 +1084,7 @@ class Run:
             return {}
         saved = read_file(path, script=str, args=dict, phase=str, epoch=int, states=dict, computed=dict,
                           seconds=dict, random=dict, log_size=int)
-        evaluation = ("eval_images", "eval_steps", "restarts", "eot")            # these flags may change
+        evaluation = ("eval_images", "eval_steps", "eval_step_size", "restarts", "eot")        # may change
         new = {k: self.flags[k] for k in evaluation if k in self.flags}
         self.check_same(saved["args"] | new, saved["script"], "not finished; --resume continues it")
         if not 0 <= saved["epoch"] <= self.phases.get(saved["phase"], -1):
@@ -1175,15 +1157,14 @@ class Run:
 
     def batches(self):
         """The training batches of one epoch; the time to go that a terminal shows is that of all training."""
-        size, names = self.args.batch_size, list(self.phases)
-        later = sum(self.phases[name] for name in names[names.index(self.phase):]) - self.epoch - 1
-        steps = self.data.steps(size)
+        size, steps = self.args.batch_size, self.data.steps(self.args.batch_size)
+        later = sum([*self.phases.values()][[*self.phases].index(self.phase):]) - self.epoch - 1
         return progress(self.data.batches(size, self.generator), self.where[:-2], steps, later * steps)
 
     def finish(self, extra_metrics=None, **more):
         """Reads dense.pt and model.pt back from disk, evaluates both, writes and returns result.json."""
         self.phase, self.begin, args, device = "final", time.time(), self.args, self.args.device
-        attack = dict(epsilon=args.epsilon, step_size=evaluation_step(args), num_steps=args.eval_steps,
+        attack = dict(epsilon=args.epsilon, step_size=args.eval_step_size, num_steps=args.eval_steps,
                       seed=args.seed, eot=getattr(args, "eot", None) or 10)
         files = [self.folder / "dense.pt", self.folder / "model.pt"]
         (artifact, dense), (_, compact) = map(read_model, files)

@@ -34,8 +34,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import (Fault, Run, UsageFault, autocast, build_network, cli, evaluating, load_data,
-                    load_pretrained, network_of, number, pgd, prepare, ramp, rate, resolve, save_model,
-                    script_parser, sgd, whole)
+                    load_pretrained, make_optimizer, network_of, number, pgd, prepare, ramp, rate, resolve,
+                    save_model, script_parser, whole)
 
 FLOOR = 0.03                                                     # in [D], of every full rank
 
@@ -361,7 +361,7 @@ def main(argv=None):
     model = prepare(model, args)
 
     # Phase 1: a dense robust network.
-    optimizer, schedule = sgd(model, args.lr, args.pretrain_epochs, data, args)
+    optimizer, schedule = make_optimizer(model, args.lr, args.pretrain_epochs, data, args)
     for epoch in run.epochs("pretrain", model=model, optimizer=optimizer, schedule=schedule):
         strength = ramp(epoch, args.ramp_epochs)
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, strength=strength)
@@ -378,7 +378,7 @@ def main(argv=None):
     # (1 - momentum) / (lr rho) steps; at the peak rate three of them fit an epoch, the interval of updates.
     rho = args.rho or 3 * (1 - args.momentum) / (args.admm_lr * data.steps(args.batch_size))
     admm = ADMM(layers, ranks, rho, args.hooi)
-    optimizer, schedule = sgd(model, args.admm_lr, args.admm_epochs, data, args)
+    optimizer, schedule = make_optimizer(model, args.admm_lr, args.admm_epochs, data, args)
     for epoch in run.epochs("admm", model=model, optimizer=optimizer, schedule=schedule, admm=admm):
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, admm.penalty)
         run.log(epoch=epoch + 1, **fields, rho=rho, residual=admm.update())
@@ -389,7 +389,7 @@ def main(argv=None):
     model = prepare(factorise_(model, ranks, args.hooi), args)       # [H]
     if not run.saved:                                                # else last.pt holds them
         reestimate_batchnorm_(model, data.batches(args.batch_size, run.generator))
-    optimizer, schedule = sgd(model, args.finetune_lr, args.finetune_epochs, data, args)
+    optimizer, schedule = make_optimizer(model, args.finetune_lr, args.finetune_epochs, data, args)
     for epoch in run.epochs("finetune", model=model, optimizer=optimizer, schedule=schedule):
         run.log(epoch=epoch + 1, **train_epoch(model, run.batches(), optimizer, schedule, args))
     save_model(run.folder / "model.pt", run.script, "compact", network, model, args, ranks=ranks)

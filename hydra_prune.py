@@ -47,7 +47,7 @@ from torch.func import functional_call
 from torch.nn.grad import conv2d_input
 
 from common import (Fault, Run, apply_masks_, autocast, build_network, channel_groups, cli, evaluating,
-                    interval, load_data, load_pretrained, network_of, number, one_cycle, parameter_masks,
+                    interval, load_data, load_pretrained, make_optimizer, network_of, number, parameter_masks,
                     per_cent, pgd, prepare, progress, ramp, rate, remove_filters_, resize_, resolve,
                     save_model, script_parser, to_float, topk_mask, whole)
 
@@ -351,13 +351,8 @@ def train_epoch(model, batches, optimizer, schedule, args, scores=None, masks=No
 
 
 def optimizer_of(module, lr, epochs, data, args, scores=()):
-    """SGD like common.sgd, or Adam with bounds as in HYDRA's code; ours: no weight decay on the scores."""
-    groups = [dict(params=[*module.parameters()]), dict(params=[*scores], weight_decay=0.0)]
-    kind, more = torch.optim.Adam, {}
-    if args.objective not in BOUNDED:
-        kind, more = torch.optim.SGD, dict(momentum=args.momentum, nesterov=args.momentum > 0, fused=True)
-    optimizer = kind(groups, lr, weight_decay=args.weight_decay, **more)
-    return optimizer, one_cycle(optimizer, lr, epochs * data.steps(args.batch_size))
+    """SGD as in all scripts, or Adam with bounds as in HYDRA's code; ours: no weight decay on the scores."""
+    return make_optimizer(module, lr, epochs, data, args, args.objective in BOUNDED, undecayed=scores)
 
 
 def build(artifact):

@@ -96,7 +96,7 @@ def trained(epsilon):
     args.num_steps, args.step_size = 4 if epsilon else 0, epsilon / 2
     data = common.load_data(args)
     model = common.build_network(**common.network_of(args, data))
-    optimizer, schedule = common.sgd(model, args.lr, args.pretrain_epochs, data, args)
+    optimizer, schedule = common.make_optimizer(model, args.lr, args.pretrain_epochs, data, args)
     generator = torch.Generator().manual_seed(0)
     for _ in range(args.pretrain_epochs):
         cstar.train_epoch(model, data.batches(args.batch_size, generator), optimizer, schedule, args)
@@ -1698,7 +1698,7 @@ def test_relax_loss_weighs_both_images_and_attacks_only_where_asked(digits, monk
         before, images = copy.deepcopy(model).train(), []
         model.register_forward_pre_hook(
             lambda m, inputs, seen=images: seen.append(inputs[0].clone()) if m.training else None)
-        optimizer, schedule = common.sgd(model, 1e-8, 1, digits, args)
+        optimizer, schedule = common.make_optimizer(model, 1e-8, 1, digits, args)
         logged = binary_relax.train_epoch(model, [batch], optimizer, schedule, args)
         losses = [F.cross_entropy(before(x), batch[1]).item() for x in images]
         wanted = [w for w in (args.adv_weight, args.nat_weight) if w]
@@ -2337,8 +2337,8 @@ def test_disk_that_is_full_keeps_the_file_before(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("steps", range(1, 12))
 def test_rate_rises_and_falls_over_any_number_of_steps(steps):
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0)
-    schedule, rates = common.one_cycle(optimizer, 1.0, steps), []
+    args, x, rates = cstar.get_args(["--dataset", "digits", "--batch-size", "2"]), torch.zeros(2 * steps), []
+    optimizer, schedule = common.make_optimizer(linear(torch.ones(2, 2)), 1.0, 1, common.Data((x, x), None, []), args)
     for _ in range(steps):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -2522,7 +2522,7 @@ def test_bench_times_every_step_and_the_naive_one_learns_the_same(capsys, digits
     args = cstar.get_args("--dataset digits --device cpu --amp off --num-steps 3 --weight-decay 0".split())
     model = common.build_network("lenet", 1, 1, 10, (8, 8))
     twin = copy.deepcopy(model)
-    optimizer, schedule = common.sgd(model, 0.1, 1, digits, args)
+    optimizer, schedule = common.make_optimizer(model, 0.1, 1, digits, args)
     rate = schedule.get_last_lr()[0]
     torch.manual_seed(5)
     cstar.train_epoch(model, [batch], optimizer, schedule, args)

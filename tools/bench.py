@@ -22,7 +22,7 @@ import binary_relax
 import cstar
 import hydra_prune
 from common import (NETWORKS, Data, Parser, UsageFault, build_network, check_device, cli, count_macs, latency,
-                    parameter_masks, peak_memory, prepare, progress, sgd, to_float, whole)
+                    make_optimizer, parameter_masks, peak_memory, prepare, progress, to_float, whole)
 
 
 def get_args(argv=None):
@@ -79,7 +79,7 @@ def bench_steps(args, device):
         torch.manual_seed(0)
         model = prepare(build_network(args.arch, args.width, 3, 10, (32, 32)), settings)
         extra = with_method(model)
-        optimizer, schedule = sgd(extra.pop("trained", model), 1e-4, 10**6, data, settings)
+        optimizer, schedule = make_optimizer(extra.pop("trained", model), 1e-4, 10**6, data, settings)
         return lambda: script.train_epoch(model, [batch], optimizer, schedule, settings, **extra)
 
     def factors(model):
