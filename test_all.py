@@ -356,16 +356,17 @@ def test_autoattack_gets_gradients_that_it_can_view_flat(monkeypatch):
 def test_evaluate_is_near_autoattack(digits):
     pyautoattack = pytest.importorskip("pyautoattack")
     model = common.load_model(SHIPPED / "model.pt")
-    images = [t[:100] for t in digits.test]
-    ours = common.evaluate(model, images, epsilon=0.2, step_size=0.05, num_steps=50)["robust_acc"]
+    images = [t[:50] for t in digits.test]
+    ours = common.evaluate(model, images, epsilon=0.2, step_size=0.05, num_steps=50)["robust_acc"] / 2
 
     def survivors(images, attack):
         judge = pyautoattack.AutoAttack(model, eps=0.2, version="custom", attacks=[attack], seed=0)
+        judge.apgd_targeted.n_target_classes = 3
         x_adv = judge.run_standard_evaluation(common.to_float(images[0]), images[1], batch_size=100)[0]
         right = model(x_adv).argmax(1) == images[1]
         return [t[right] for t in images]
     ce = survivors(images, "apgd-ce")
-    assert 50 < ours and abs(ours - len(ce[1])) <= 2 and ours - len(survivors(ce, "apgd-t")[1]) <= 3
+    assert 25 < ours and abs(ours - len(ce[1])) <= 1 and ours - len(survivors(ce, "apgd-t")[1]) <= 1
 
 
 def test_evaluate_counts_every_iterate_of_every_restart(robust, digits):
@@ -1135,11 +1136,12 @@ def test_hydra_radius_grows_by_steps_and_the_pruning_phase_trains_batch_norms(tm
     assert not torch.equal(dense["layer1.0.bn1.weight"], model["layer1.0.bn1.weight"])
 
 
-def test_hydra_without_pruning_epochs_is_lwm(whole, tmp_path):
-    results = [tiny(tmp_path / name, "--scores", name, "--prune-epochs", "0", script=hydra_prune)
-               for name in ("hydra", "lwm")]
-    assert same_weights(tmp_path / "hydra/model.pt", tmp_path / "lwm/model.pt")
-    assert results[0]["mask_changed"] == 0 and whole(hydra_prune)[1]["mask_changed"] > 0
+def test_hydra_without_pruning_epochs_is_lwm(whole, tmp_path, monkeypatch):
+    assert whole(hydra_prune)[1]["mask_changed"] > 0
+    unevaluated(monkeypatch)
+    found = [tiny(tmp_path / name, "--scores", name, "--prune-epochs", "0", script=hydra_prune)
+             for name in ("hydra", "lwm")]
+    assert same_weights(tmp_path / "hydra/model.pt", tmp_path / "lwm/model.pt") and found[0]["mask_changed"] == 0
     tiny(tmp_path / "longer", "--scores", "lwm", script=hydra_prune)
     assert [phases_of(tmp_path / name)[0::2] for name in ("lwm", "longer")] == [[2, 2], [2, 4]]
 
