@@ -146,9 +146,10 @@ class Scores(nn.Module):
     def mask_weights_(self):
         """[B] Sets what the network holds to w * m(s)."""
         for s, masked in zip(self.s, self.masked):
+            mask = choose_mask(s, self.ratio)
             for p, buffer in masked:
-                w = getattr(self, buffer)
-                p.copy_(torch.where(choose_mask(s, self.ratio, p), w, self.PRUNED_FACTOR[self.scheme] * w))
+                w, kept = getattr(self, buffer), mask.view(*mask.shape, *[1] * (p.dim() - mask.dim()))
+                p.copy_(torch.where(kept, w, self.PRUNED_FACTOR[self.scheme] * w))
 
     @torch.no_grad()
     def collect_gradients_(self):
