@@ -1,8 +1,7 @@
 """Correctness on tiny networks: oracles, properties, runs end to end. CPU only, no network.
 
-Tests against independent libraries (foolbox, pyautoattack, scikit-learn, scipy) are
-skipped where those are not installed. Break the code once and watch the test of that line fail: these were
-written so.
+Tests against independent libraries (foolbox, pyautoattack, scikit-learn, scipy, tensorly, torchao) are skipped
+where those are not installed. Break the code once and watch the test of that line fail.
 """
 import ast
 import contextlib
@@ -524,6 +523,17 @@ def test_cstar_projection_is_near_the_best_of_fifty_alternating_runs(shape, rank
     best = min(alternating(w, *rank, seed) for seed in range(50))
     error = [(w - cstar.project(w, rank, hooi)).square().sum().item() for hooi in (0, 30)]
     assert best - 1e-9 <= error[1] <= error[0] <= 2 * best and error[1] <= 1.05 * best
+
+
+@pytest.mark.parametrize("shape, rank", SHAPES[:2])
+def test_cstar_projection_with_sweeps_is_within_one_per_cent_of_tensorly(shape, rank):
+    pytest.importorskip("tensorly")
+    from tensorly.decomposition import partial_tucker
+    from tensorly.tenalg import multi_mode_dot
+    w = conv_weight(*shape)
+    (core, factors), _ = partial_tucker(w.numpy(), rank=list(rank), modes=[0, 1], init="svd")
+    theirs = np.square(w.numpy() - multi_mode_dot(core, factors, modes=[0, 1])).sum()
+    assert (w - cstar.project(w, rank, 50)).square().sum().item() <= 1.01 * theirs
 
 
 @pytest.mark.parametrize("shape, rank", SHAPES)
@@ -1648,6 +1658,21 @@ def test_relax_projection_of_zeros_ties_and_single_weights():
     assert binary_relax.project(v, 4)[0].tolist() == [0, 1, 1, -2, 6, 7]
     assert binary_relax.project(torch.tensor([7.0, 3.0]), 2)[0].tolist() == [1, 0]
     assert binary_relax.project(torch.tensor([7.0, 3.77]), 2)[0].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("theta", [0.25, 0.5, 0.9375])
+def test_relax_agrees_with_torchao(bits, theta):
+    parq = pytest.importorskip("torchao.prototype.parq.optim")
+    v = conv_weight(4, 3, 3, 3).float()
+    codes, scale = binary_relax.project(v, bits)
+    levels = scale * torch.arange(-7.0, 8) if bits == 4 else scale * torch.arange(-1.0, 2, 3 - bits)
+    theirs, done = v.clone(), v.clone()
+    prox = parq.ProxBinaryRelax(anneal_start=0, anneal_end=16)
+    prox.apply_(theirs, None if bits == 1 else scale * codes, levels, int(16 * theta))
+    assert torch.allclose(binary_relax.relax(v, bits, theta / (1 - theta)), theirs, atol=1e-6)
+    prox.apply_(done, None if bits == 1 else scale * codes, levels, 16)
+    assert torch.allclose(binary_relax.relax(v, bits, math.inf), done)
 
 
 @pytest.mark.parametrize("bits", BITS)
