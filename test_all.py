@@ -2293,6 +2293,9 @@ def test_files_of_other_content_are_refused(whole, finished, tmp_path):
     torch.save(pruned | dict(network=pruned["network"] | {"classes": 9}), tmp_path / "changed.pt")
     with pytest.raises(common.Fault, match="wrong number of classes"):
         common.load_model(tmp_path / "changed.pt")
+    torch.save(artifact | dict(attack_settings={"radius": 1}), tmp_path / "changed.pt")
+    with pytest.raises(common.Fault, match="does not fit an evaluation"):
+        judges.main([str(tmp_path / "changed.pt")])
     torch.save({"hostile": Hostile()}, tmp_path / "changed.pt")
     with pytest.raises(common.Fault, match="damaged or not"):
         common.load_model(tmp_path / "changed.pt")

@@ -20,8 +20,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import (LOSSES, Fault, Parser, UsageFault, balanced, batched, check_device, cli,  # noqa: E402
-                    evaluate, evaluating, fraction_correct, interval, is_random, load_data, logits_of, number,
-                    per_cent, pgd, progress, radius, read_model, sanity_flags, to_float, whole)
+                    evaluate, evaluating, fitting, fraction_correct, interval, is_random, load_data, logits_of,
+                    number, per_cent, pgd, progress, radius, read_model, sanity_flags, to_float, whole)
 
 
 def get_args(argv=None):
@@ -142,8 +142,9 @@ def check_fit(artifact, flag, args, data):
 def main(argv=None):
     args = get_args(argv)
     artifact, model = read_model(args.model)
-    for key, value in artifact["attack_settings"].items():
-        setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
+    with fitting(args.model, "an evaluation"):
+        for key, value in artifact["attack_settings"].items():
+            setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
     args.device = check_device(args.device)
     data = load_data(args)
     check_fit(artifact, "--dataset", args, data)
