@@ -916,9 +916,8 @@ def save_file(path, content):
     """Writes a dict of plain values and tensors: afterwards the file is whole, or what it was before."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(dict(format=FORMAT, **content), file)
-            file.flush()
+        torch.save(dict(format=FORMAT, **content), temporary)    # into a Python file, a signal would break it
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as fault:

@@ -2359,6 +2359,23 @@ def test_absent_data_set_says_where_to_put_it(tmp_path, monkeypatch):
     assert "unreachable" in errors and "--dataset digits" in errors
 
 
+def test_a_signal_while_a_file_is_written_is_no_fault_of_the_disk(tmp_path):
+    def stop(*_):
+        raise Stop
+    content, before = {f"w{i}": torch.zeros(2000) for i in range(500)}, signal.signal(signal.SIGALRM, stop)
+    common.save_file(tmp_path / "f.pt", dict(a=1))
+    try:
+        for i in range(40):
+            with pytest.raises(Stop):
+                signal.setitimer(signal.ITIMER_REAL, 0.001 + 0.0005 * i)
+                for _ in range(100):
+                    common.save_file(tmp_path / "g.pt", content)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert common.read_file(tmp_path / "f.pt", a=int)["a"] == 1 and not list(tmp_path.glob("*.tmp"))
+
+
 def test_disk_that_is_full_keeps_the_file_before(tmp_path, monkeypatch):
     common.save_file(tmp_path / "f.pt", dict(a=1))
 
