@@ -1103,7 +1103,7 @@ class Run:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise UsageFault(f"argument --output: another process is running in {self.folder}") from None
-        for stale in self.folder.glob("*.tmp"):                  # of a process that was killed while it wrote
+        for stale in (*self.folder.glob("*.pt.*.tmp"), *self.folder.glob("result.json.tmp")):  # of a kill
             stale.unlink()
         self.file.truncate(self.saved["log_size"] if self.saved else 0)
 

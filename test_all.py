@@ -1657,13 +1657,15 @@ def test_a_forked_script_in_another_folder_makes_files_of_its_own(tmp_path):
 def test_signal_stops_at_once_and_says_how_to_continue(tmp_path, sent, status):
     folder = tmp_path / "\udcff"                                 # a name that no terminal can print
     folder.mkdir()
-    (folder / "last.pt.123.tmp").touch()                         # of a process that was killed while it wrote
+    for name in ("last.pt.123.tmp", "result.json.tmp", "own.tmp"):           # of a process that was killed
+        (folder / name).touch()
     process = spawn("cstar.py", *TINY, "--pretrain-epochs", "500", "--output", folder)
     next(line for line in process.stdout if "epoch:1 " in line)
     process.send_signal(sent)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == status and errors.count("\n") == 1 and "--resume" in errors
-    assert common.read_file(folder / "last.pt")["phase"] == "pretrain" and not list(folder.glob("*.tmp"))
+    assert common.read_file(folder / "last.pt")["phase"] == "pretrain"
+    assert [path.name for path in folder.glob("*.tmp")] == ["own.tmp"]
 
 
 class Terminal(io.StringIO):
