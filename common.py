@@ -965,8 +965,8 @@ def fitting(path, what="the network it names"):
     """Turns the errors of content that does not fit into a Fault."""
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError,
-            zlib.error) as fault:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, zlib.error,
+            argparse.ArgumentTypeError) as fault:
         raise Fault(f"{path} does not fit {what} ({first_line(fault)})") from None
 
 

@@ -1831,8 +1831,11 @@ def test_files_of_other_content_are_refused(whole, finished, tmp_path, monkeypat
             with pytest.raises(common.Fault, match=words):
                 common.load_model(path)
     assert os.listdir(tmp_path) == ["changed.pt"]
-    torch.save(good | dict(attack_settings={"radius": 1}), path)
-    ends(judges.main, [path], monkeypatch, 1, "does not fit an evaluation")
+    settings = good["attack_settings"]
+    for wrong in ({}, settings | dict(radius=1), settings | dict(dataset=[1], epsilon=torch.ones(2)), *(
+            settings | {key: 0.5 if key == "restarts" else "x"} for key in settings if key != "dataset")):
+        torch.save(good | dict(attack_settings=wrong), path)
+        ends(judges.main, [path], monkeypatch, 1, "does not fit an evaluation")
 
 
 def test_files_that_cannot_be_read_back_are_refused_at_once(finished, tmp_path, monkeypatch):

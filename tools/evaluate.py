@@ -142,9 +142,13 @@ def check_fit(artifact, flag, args, data):
 def main(argv=None):
     args = get_args(argv)
     artifact, model = read_model(args.model)
+    kinds = dict(dataset=str, epsilon=radius, step_size=radius, eval_steps=whole(1), restarts=whole(1),
+                 eot=whole(1))
+    stored = artifact["attack_settings"]
     with fitting(args.model, "an evaluation"):
-        for key, value in artifact["attack_settings"].items():
-            setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
+        for key in kinds | stored:                               # eot is not stored, or None, without noise
+            if getattr(args, key) is None and (key != "eot" or stored.get(key) is not None):
+                setattr(args, key, kinds[key](str(stored[key])))
     args.device = check_device(args.device)
     data = load_data(args)
     check_fit(artifact, "--dataset", args, data)
