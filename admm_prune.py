@@ -251,8 +251,8 @@ def main(argv=None):
     run = Run(args, data, __file__, phases, argv)
     if run.result:
         return run.result
-    initial = run.compute_once("initial", lambda: None if args.pretrained or args.ticket else
-                               {name: t.clone() for name, t in model.state_dict().items()})
+    initial = run.compute_once("initial", lambda: {} if args.pretrained or args.ticket else
+                               {name: t.clone() for name, t in model.state_dict().items()}, dict)
     model = prepare(model, args)
     layers = prunable(model)
     tied = [list(writers) for writers, _, _ in channel_groups(model)] if args.group_residual else ()
@@ -302,7 +302,8 @@ def main(argv=None):
             save_model(run.folder / "ticket.pt", run.script, "ticket", network, first, args, masks=masks,
                        scheme=args.scheme, ratio=args.ratio)
         return masks
-    masks = {n: mask.to(args.device) for n, mask in run.compute_once("masks", choose_and_save_ticket).items()}
+    masks = run.compute_once("masks", choose_and_save_ticket, dict)
+    masks = {name: mask.to(args.device) for name, mask in masks.items()}
     if ticket:
         model.load_state_dict(ticket["state"])
     apply_masks_(model, masks)                                       # [G]

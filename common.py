@@ -1068,7 +1068,7 @@ class Run:
     def check_same(self, flags, script, state):
         """UsageFault unless the folder holds this very run and --resume was given."""
         then, now = flags | {"script": script}, self.flags | {"script": self.script}
-        changed = ", ".join(k for k in now if then.get(k) != now[k])
+        changed = ", ".join(k for k in now if str(then.get(k)) != str(now[k]))
         if changed:
             raise UsageFault(f"argument --output: {self.folder} holds a different run ({changed} differ)")
         if not self.args.resume:
@@ -1083,15 +1083,14 @@ class Run:
             return {}
         saved = read_file(path, script=str, args=dict, phase=str, epoch=int, states=dict, computed=dict,
                           seconds=dict, random=dict, log_size=int)
-        evaluation = ("eval_images", "eval_steps", "eval_step_size", "restarts", "eot")        # may change
-        new = {k: self.flags[k] for k in evaluation if k in self.flags}
+        new = {k: v for k, v in self.flags.items() if k.startswith(("eval_", "restart", "eot"))}  # may change
         self.check_same(saved["args"] | new, saved["script"], "not finished; --resume continues it")
         if not 0 <= saved["epoch"] <= self.phases.get(saved["phase"], -1):
             raise Fault(f"{path} does not fit this run: epoch {saved['epoch']} of {saved['phase']}")
         if (saved["random"].get("cuda") is None) != (self.args.device == "cpu"):
             raise UsageFault(f"argument --device: {self.folder} was not begun on {self.args.device}")
         self.saved, self.computed, self.seconds = saved, saved["computed"], saved["seconds"]
-        return {k: v for k, v in new.items() if saved["args"].get(k) != v}
+        return {k: v for k, v in new.items() if str(saved["args"].get(k)) != str(v)}
 
     def open_log(self):
         """Opens log.jsonl where the checkpoint ends, locked against other processes."""
@@ -1105,7 +1104,7 @@ class Run:
                 raise UsageFault(f"argument --output: another process is running in {self.folder}") from None
         for stale in (*self.folder.glob("*.pt.*.tmp"), *self.folder.glob("result.json.tmp")):  # of a kill
             stale.unlink()
-        self.file.truncate(self.saved["log_size"] if self.saved else 0)
+        self.file.truncate(min(self.saved["log_size"], self.file.tell()) if self.saved else 0)
 
     def log(self, **fields):
         """One line of key:value on stdout, and the same as JSON in log.jsonl."""
@@ -1116,11 +1115,12 @@ class Run:
         self.file.write(json.dumps(fields) + "\n")
         self.file.flush()
 
-    def compute_once(self, name, compute):
-        """The value of compute(), plain data: computed once in a run's life and kept in its checkpoints."""
-        if name not in self.computed:
-            self.computed[name] = compute()
-        return self.computed[name]
+    def compute_once(self, name, compute, kind=object):
+        """compute(), plain data of that kind: computed once in a run's life and kept in its checkpoints."""
+        value = self.computed[name] = self.computed[name] if name in self.computed else compute()
+        if not isinstance(value, kind):
+            raise Fault(f"{self.folder}/last.pt does not fit this run: its {name} is no {kind.__name__}")
+        return value
 
     def epochs(self, phase, **stateful):
         """Yields a phase's epochs, from 0, that are still to do; saves after each what is `stateful`."""

@@ -372,7 +372,7 @@ def main(argv=None):
         save_model(run.folder / "dense.pt", run.script, "dense", network, model, args)
         weights = {name: m.weight.detach().cpu() for name, m in layers.items()}
         return choose_ranks(weights, budget, args.rank_rule, places)
-    ranks = run.compute_once("ranks", save_dense_and_choose_ranks)   # [D]
+    ranks = run.compute_once("ranks", save_dense_and_choose_ranks, dict)             # [D]
 
     # Phase 2: ADMM pulls the dense weights towards those ranks. W follows Z - U with time constant
     # (1 - momentum) / (lr rho) steps; at the peak rate three of them fit an epoch, the interval of updates.

@@ -387,7 +387,7 @@ def main(argv=None):
 
     # Phase 2: HYDRA trains the scores, and with them the batch norms that no score masks; LWM trains nothing.
     scores = Scores(model, args.scheme, args.ratio).to(args.device)              # [C]
-    lowest = run.compute_once("lowest", lambda: {name: mask.cpu() for name, mask in scores.masks().items()})
+    lowest = run.compute_once("lowest", lambda: {n: mask.cpu() for n, mask in scores.masks().items()}, dict)
     if phases["prune"] and not run.saved:
         scores.mask_weights_()
     norms = nn.ModuleList(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
@@ -399,11 +399,11 @@ def main(argv=None):
     for epoch in run.epochs("prune", model=model, optimizer=optimizer, schedule=schedule, scores=scores):
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, scores, epochs=epoch)
         run.log(epoch=epoch + 1, **fields, mask_changed=mask_changed())
-    changed = run.compute_once("changed", mask_changed)
+    changed = run.compute_once("changed", mask_changed, float)
 
     # Phase 3: the cut, and fine-tuning of what is left.
     masks = run.compute_once("masks", lambda: {name: mask.cpu() for name, mask in parameter_masks(
-        model, scores.masks(), filters=args.scheme == "filter").items()})
+        model, scores.masks(), filters=args.scheme == "filter").items()}, dict)
     masks = {name: mask.to(args.device) for name, mask in masks.items()}
     apply_masks_(model, masks)                                       # [E]
     kept = {name: int(mask.sum()) for name, mask in masks.items() if name.endswith("weight")}

@@ -1579,7 +1579,9 @@ def test_resume_of_a_finished_run_prints_its_result_or_evaluates_otherwise(finis
         with pytest.raises(common.UsageFault, match=words):
             tiny(folder, *more)
     shutil.copytree(folder, run)
-    (run / "result.json").unlink()                               # as if it had been stopped just before
+    (run / "result.json").unlink()                               # as if it had been stopped just before, and
+    last = torch.load(run / "last.pt", weights_only=True)        # the log's last lines had been lost
+    torch.save(last | dict(log_size=10**30), run / "last.pt")
     result = tiny(run, "--restarts", "3", "--resume")
     assert result["attack"]["restarts"] == result["args"]["restarts"] == log_of(run)[-2]["restarts"] == 3
     assert result["clean_acc"] == before["clean_acc"] and same_weights(folder / "model.pt", run / "model.pt")
@@ -1838,7 +1840,7 @@ def test_files_of_other_content_are_refused(whole, finished, tmp_path, monkeypat
         ends(judges.main, [path], monkeypatch, 1, "does not fit an evaluation")
 
 
-def test_files_that_cannot_be_read_back_are_refused_at_once(finished, tmp_path, monkeypatch):
+def test_files_that_cannot_be_read_back_are_refused_at_once(whole, finished, tmp_path, monkeypatch):
     run, new = tmp_path / "run", tmp_path / "new"
     shutil.copytree(finished[0], run)
     (run / "result.json").write_text('{"args"')
@@ -1849,6 +1851,15 @@ def test_files_that_cannot_be_read_back_are_refused_at_once(finished, tmp_path, 
                    dict(states={}), dict(random={}), dict(states=dict(model={}, optimizer=3, schedule=None))):
         torch.save(last | change, run / "last.pt")
         ends(cstar.main, [*TINY, "--output", run, "--resume"], monkeypatch, 1, "last.pt")
+    torch.save(last | dict(args=last["args"] | dict(lr=torch.ones(2))), run / "last.pt")
+    ends(cstar.main, [*TINY, "--output", run, "--resume"], monkeypatch, 2, "different run .lr differ")
+    for script, name in ((cstar, "ranks"), (hydra_prune, "lowest"), (hydra_prune, "changed"),
+                         (hydra_prune, "masks"), (admm_prune, "initial"), (admm_prune, "masks")):
+        other = torch.load(whole(script)[0] / "last.pt", weights_only=True)
+        other["computed"][name] = [3]
+        torch.save(other, run / "last.pt")
+        with pytest.raises(common.Fault, match=f"last.pt does not fit this run: its {name}"):
+            tiny(run, "--resume", script=script)
     args = cstar.get_args([*TINY, "--output", str(new)])
     for script in ("my-cstar.py", "/elsewhere/nothing_here.py"):
         with pytest.raises(common.UsageFault, match="beside common.py"):
