@@ -1102,7 +1102,7 @@ class Run:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise UsageFault(f"argument --output: another process is running in {self.folder}") from None
-        for stale in (*self.folder.glob("*.pt.*.tmp"), *self.folder.glob("result.json.tmp")):  # of a kill
+        for stale in (*self.folder.glob("*.pt.*.tmp"), *self.folder.glob("result.json.tmp")):  # of dead runs
             stale.unlink()
         self.file.truncate(min(self.saved["log_size"], self.file.tell()) if self.saved else 0)
 

@@ -47,6 +47,8 @@ SHIPPED = HERE / "results" / "digits-cstar-s0"
 TINY = ("--dataset digits --arch resnet18 --width 1 --train-images 128 --eval-images 40 --batch-size 32 "
         "--pretrain-epochs 2 --admm-epochs 2 --finetune-epochs 2 --num-steps 2 --eval-steps 3 --restarts 1 "
         "--ratio 4 --device cpu").split()
+Stop = type("Stop", (Exception,), {})
+Terminal = type("Terminal", (io.StringIO,), dict(isatty=lambda self: True))
 torch.set_num_threads(1)
 
 
@@ -97,11 +99,6 @@ def resnet(width=1, channels=1, classes=10, size=8):
     return common.build_network("resnet18", width, channels, classes, (size, size))
 
 
-@pytest.fixture(scope="session")
-def digits():
-    return common.load_data(digits_args(cstar))
-
-
 def trained(epsilon):
     args = digits_args(cstar, "--arch lenet --width 8 --pretrain-epochs 15 --batch-size 32 --lr 0.05")
     args.epsilon, args.num_steps, args.step_size = epsilon, 4 if epsilon else 0, epsilon / 2
@@ -114,8 +111,10 @@ def trained(epsilon):
     return model.eval()
 
 
+digits = pytest.fixture(lambda: common.load_data(digits_args(cstar)), scope="session")
 robust = pytest.fixture(lambda: trained(0.2), scope="session")
 standard = pytest.fixture(lambda: trained(0.0), scope="session")
+finished = pytest.fixture(lambda whole: whole(cstar), scope="session")
 
 
 @pytest.fixture(scope="session")
@@ -126,11 +125,6 @@ def whole(tmp_path_factory):
         folder = tmp_path_factory.mktemp("run") / "whole"
         return folder, tiny(folder, *more, script=script)
     return run
-
-
-@pytest.fixture(scope="session")
-def finished(whole):
-    return whole(cstar)
 
 
 # ---------------------------------------------------------------- data
@@ -1276,8 +1270,7 @@ def test_relax_projection_of_the_golden_vector(bits, v, codes, scale):
     assert found.tolist() == codes and s.item() == pytest.approx(scale, abs=1e-7)
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("bits, seed", itertools.product(BITS, range(5)))
 def test_relax_projection_is_orthogonal_idempotent_and_equivariant(bits, seed):
     v = conv_weight(6, 5, 3, 3, seed=seed).abs().pow(1 + seed / 2) * conv_weight(6, 5, 3, 3, seed=seed).sign()
     q, order = quantised(v, bits), torch.randperm(6, generator=torch.Generator().manual_seed(seed))
@@ -1295,8 +1288,7 @@ def test_relax_projection_is_orthogonal_idempotent_and_equivariant(bits, seed):
         assert torch.equal(binary_relax.relax(v, bits, lam), wanted)
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("theta", [0.25, 0.5, 0.9375])
+@pytest.mark.parametrize("bits, theta", itertools.product(BITS, [0.25, 0.5, 0.9375]))
 def test_relax_agrees_with_torchao(bits, theta):
     parq = pytest.importorskip("torchao.prototype.parq.optim")
     v = conv_weight(4, 3, 3, 3).float()
@@ -1418,8 +1410,7 @@ def test_sparsity_counts_zeros_and_dead_input_channels_pooled():
     assert binary_relax.sparsity([a, a])["channel_sparsity"] == 25
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("shape", [(1,), (7,), (4, 3, 3, 3)])
+@pytest.mark.parametrize("bits, shape", itertools.product(BITS, [(1,), (7,), (4, 3, 3, 3)]))
 def test_packed_codes_round_trip(bits, shape):
     levels = torch.tensor([-1.0, 1.0]) if bits == 1 else torch.arange(1.0 - 2 ** (bits - 1), 2 ** (bits - 1))
     codes = {name: levels[torch.randint(len(levels), shape)] for name in "ab"}
@@ -1538,10 +1529,6 @@ def test_cstar_run_writes_a_smaller_file_that_is_what_it_reports(finished, digit
     assert phases_of(folder) == [2, 2, 2] and log_of(folder)[-1]["phase"] == "final"
     x = torch.rand(2, 1, 8, 8)
     assert torch.allclose(torch.export.export(model, (x,)).module()(x), model(x), atol=1e-6)
-
-
-class Stop(Exception):
-    pass
 
 
 @pytest.mark.parametrize("script, more, saves", [
@@ -1668,11 +1655,6 @@ def test_signal_stops_at_once_and_says_how_to_continue(tmp_path, sent, status):
     assert process.returncode == status and errors.count("\n") == 1 and "--resume" in errors
     assert common.read_file(folder / "last.pt")["phase"] == "pretrain"
     assert [path.name for path in folder.glob("*.tmp")] == ["own.tmp"]
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
 
 
 def test_progress_counts_to_its_total_and_tells_the_time_that_is_left(robust, digits, monkeypatch):
