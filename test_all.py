@@ -351,9 +351,10 @@ def test_evaluate_is_near_autoattack(digits):
 
 
 def test_evaluate_counts_every_iterate_of_every_restart(robust, digits):
-    images = [t[:60] for t in digits.test]
+    images = [t[:250] for t in digits.test]                      # one batch; some are wrong when clean
     x, y, generator = common.to_float(images[0]), images[1], torch.Generator().manual_seed(0)
     survived = robust(x).argmax(1) == y
+    assert not survived.all()
     for margin in (False, True, False):                          # the same attack, written plainly
         x_adv = (x + 0.2 * (2 * torch.rand(x.shape, generator=generator) - 1)).clamp(0, 1)
         for _ in range(21):
@@ -395,7 +396,7 @@ def test_sanity_flags_are_silent_on_honest_networks_and_not_on_a_weak_attack(rob
     flags = common.sanity_flags(robust, digits.test, epsilon=0.2, step_size=0.01, num_steps=4)
     assert any("not converged" in flag for flag in flags) and any("FGSM" in flag for flag in flags)
     white = common.evaluate(robust, digits.test, **SETTINGS)["robust_acc"]
-    assert 40 < white < judges.transfer(robust, standard, digits.test, **SETTINGS)
+    assert 40 < white < judges.transfer(robust, standard, digits.test, **SETTINGS) - 5
     assert judges.transfer(robust, robust, digits.test, **SETTINGS) == pytest.approx(white, abs=2)
     noisy = Wrapped(robust, lambda f, x: f(x + 0.1 * torch.randn_like(x))).eval()
     flag, = common.sanity_flags(noisy, digits.test, epsilon=0.001, step_size=0.0005, num_steps=3, eot=2)
@@ -1270,7 +1271,7 @@ def test_relax_projection_of_the_golden_vector(bits, v, codes, scale):
     assert found.tolist() == codes and s.item() == pytest.approx(scale, abs=1e-7)
 
 
-@pytest.mark.parametrize("bits, seed", itertools.product(BITS, range(5)))
+@pytest.mark.parametrize("bits, seed", [*itertools.product(BITS, range(5))])
 def test_relax_projection_is_orthogonal_idempotent_and_equivariant(bits, seed):
     v = conv_weight(6, 5, 3, 3, seed=seed).abs().pow(1 + seed / 2) * conv_weight(6, 5, 3, 3, seed=seed).sign()
     q, order = quantised(v, bits), torch.randperm(6, generator=torch.Generator().manual_seed(seed))
@@ -1288,7 +1289,7 @@ def test_relax_projection_is_orthogonal_idempotent_and_equivariant(bits, seed):
         assert torch.equal(binary_relax.relax(v, bits, lam), wanted)
 
 
-@pytest.mark.parametrize("bits, theta", itertools.product(BITS, [0.25, 0.5, 0.9375]))
+@pytest.mark.parametrize("bits, theta", [*itertools.product(BITS, [0.25, 0.5, 0.9375])])
 def test_relax_agrees_with_torchao(bits, theta):
     parq = pytest.importorskip("torchao.prototype.parq.optim")
     v = conv_weight(4, 3, 3, 3).float()
@@ -1410,7 +1411,7 @@ def test_sparsity_counts_zeros_and_dead_input_channels_pooled():
     assert binary_relax.sparsity([a, a])["channel_sparsity"] == 25
 
 
-@pytest.mark.parametrize("bits, shape", itertools.product(BITS, [(1,), (7,), (4, 3, 3, 3)]))
+@pytest.mark.parametrize("bits, shape", [*itertools.product(BITS, [(1,), (7,), (4, 3, 3, 3)])])
 def test_packed_codes_round_trip(bits, shape):
     levels = torch.tensor([-1.0, 1.0]) if bits == 1 else torch.arange(1.0 - 2 ** (bits - 1), 2 ** (bits - 1))
     codes = {name: levels[torch.randint(len(levels), shape)] for name in "ab"}
@@ -2039,8 +2040,8 @@ def test_compare_refresh_changes_nothing_here_and_repairs_a_table(tmp_path, caps
     assert refreshed(whole).count("no tables changed") == 2
     torn = {}
     for name, text in whole.items():
-        first, *_, last = re.findall(r"\| (?:1 bit|4 bits) \|[^\n]*\n", text)
-        text = text.replace(first, first.replace("1", "7", 3)).replace(last, "")
+        rows = re.findall(r"\| (?:1 bit|4 bits) \|[^\n]*\n", text)
+        text = text.replace(rows[0], rows[0].replace("1", "7", 3)).replace(rows[-1], "")
         torn[name] = re.sub(r"\n<details>.*?</details>\n", "", text, count=1, flags=re.S)
     assert re.findall("[0-9]+ table", refreshed(torn))
     missing = re.sub(r"```\n\n(\|[^\n]*\n)+\n\* Fewer", "```\n\n* Fewer", whole["README.md"])
