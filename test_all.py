@@ -246,6 +246,7 @@ def test_pgd_reaches_the_closed_form_optimum_of_a_linear_network():
                      dict(step_size=0.03, num_steps=10, loss="margin")):
         assert torch.allclose(common.pgd(linear(w), x, y, 0.1, **settings), best, atol=1e-6)
     assert torch.equal(common.pgd(linear(w), x, y, 0.0, 0.1, 3), x)
+    assert (common.pgd(linear(w), x, y, 1.0, 0.1, 0) - 0.5).abs().max() <= 0.5           # the start too
     common.pgd(linear(w), x, y, 0.1, 0.1, 3, eot=2, loss=lambda logits, _: asked.append(1) or logits[:, 0])
     assert len(asked) == 6
     logits = torch.tensor([[1.0, 4.0, 2.5], [3.0, 0.0, -1.0]])
