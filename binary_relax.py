@@ -368,7 +368,7 @@ def main(argv=None):
     def extra_metrics(model, robust):
         """The authors' FGSM and I-FGSM (20 steps of 1/255 at 8/255), one pass a gradient; for C&W in l2, its
         loss in l_inf."""
-        attack = dict(epsilon=args.epsilon, random_start=False, restarts=1, seed=args.seed)
+        attack = dict(epsilon=args.epsilon, random_start=False, anneal=False, restarts=1, seed=args.seed)
         step, eot = args.epsilon / 8, args.eot or 1
         attacks = dict(fgsm=dict(step_size=args.epsilon, num_steps=1, eot=1),
                        ifgsm=dict(step_size=step, num_steps=20, eot=1),

@@ -130,8 +130,8 @@ def script_parser(doc, script, phase, networks=(), adapt=lambda recipe: {}):
     attack.add_argument("--num-steps", type=whole(0, 10000), help="PGD steps in training")
     attack.add_argument("--ramp-epochs", type=whole(0, 10000), help="first epochs, in which the radius grows")
     attack.add_argument("--eval-steps", type=whole(1, 10000), default=50, help="PGD steps in evaluation")
-    attack.add_argument("--eval-step-size", type=radius, help="(default: --step-size, at most epsilon / 4)")
-    attack.add_argument("--restarts", type=whole(1, 1000), default=2, help="in evaluation, losses in turn")
+    attack.add_argument("--eval-step-size", type=radius, help="the first one (default: epsilon)")
+    attack.add_argument("--restarts", type=whole(1, 1000), default=4, help="in evaluation, losses in turn")
     return parser
 
 
@@ -154,7 +154,7 @@ def resolve(parser, args, longest_ramp=lambda args: args.pretrain_epochs, **defa
         parser.error(f"argument --ramp-epochs: {ramp_given} is more than the {longest} epochs in which the "
                      "radius can grow")
     args.ramp_epochs = min(args.ramp_epochs, longest)
-    args.eval_step_size = args.eval_step_size or min(args.step_size, args.epsilon / 4)
+    args.eval_step_size = args.eval_step_size or args.epsilon
     args.device = check_device(args.device)
     if args.compile and not any(map(shutil.which, ("cc", "gcc", "c++", "g++", "clang++"))):
         parser.error("argument --compile: torch.compile needs a C++ compiler, and none is on the PATH")
@@ -615,15 +615,15 @@ def prepare(model, args):
     return model
 
 
-def make_optimizer(model, lr, epochs, data, args, adam=False, undecayed=()):
-    """SGD with Nesterov momentum, or Adam, and its schedule: up to lr in a fifth of the steps, down to 0."""
+def make_optimizer(model, lr, epochs, data, args, adam=False, undecayed=(), rise=0.2):
+    """SGD with Nesterov momentum, or Adam, and its schedule: up to lr in `rise` of the steps, down to 0."""
     groups = [dict(params=[*model.parameters()]), dict(params=[*undecayed], weight_decay=0.0)]
     kind, momentum = (torch.optim.Adam, {}) if adam else (torch.optim.SGD, dict(
         momentum=args.momentum, nesterov=args.momentum > 0, fused=True))
     optimizer = kind(groups, lr, weight_decay=args.weight_decay, **momentum)
     steps = max(1, epochs * data.steps(args.batch_size))
     return optimizer, torch.optim.lr_scheduler.OneCycleLR(       # 0.2 of 5 is one step, by which it divides
-        optimizer, lr, steps + 1, cycle_momentum=False, pct_start=0.3 if steps == 4 else 0.2)
+        optimizer, lr, steps + 1, cycle_momentum=False, pct_start=0.3 if rise * (steps + 1) == 1 else rise)
 
 
 def ramp(epoch, epochs):
@@ -658,17 +658,18 @@ def frozen(model):
 
 
 def pgd(model, x, y, epsilon, step_size, num_steps, *, loss="ce", random_start=True, start=None, eot=1,
-        generator=None, broken_at=None):
+        generator=None, anneal=False, broken_at=None):
     """Projected gradient ascent, l_inf (Madry et al. 2018): x <- clip(x + step_size * sign(grad loss)).
 
     x (N, C, H, W) in [0, 1], y (N,); epsilon, step_size in units of the pixel range. Returns x_adv, like x,
     within epsilon of x and within [0, 1]. FGSM is num_steps=1, step_size=epsilon, random_start=False.
     loss: 'ce', 'margin' or f(logits, y) -> (N,). start: the first iterate, instead of a random one. eot: so
     many passes are averaged, for random networks. Weights, .grad, modes and running statistics stay as they
-    are; whether batch norm uses the latter is the caller's choice of model.eval(). broken_at (N,) int, for
-    evaluation: an image leaves the batch at its first misclassified iterate t, which is written there. Fault
-    on pixels outside [0, 1] and gradients that are not finite; in training on a GPU, which does not wait for
-    that, x_adv becomes NaN, and so will the loss."""
+    are; whether batch norm uses the latter is the caller's choice of model.eval(). For evaluation: anneal, by
+    which the step falls geometrically to a tenth and a quarter of the last move is added to three quarters of
+    the new one (after APGD, Croce and Hein 2020); broken_at (N,) int: an image leaves the batch at its first
+    misclassified iterate t, which is written there. Fault on pixels outside [0, 1] and gradients that are not
+    finite; in training on a GPU, which does not wait for that, x_adv becomes NaN, and so will the loss."""
     fits, message = ((x >= 0) & (x <= 1)).all(), "a pixel is not in [0, 1], as attacks and networks want it"
     if x.device.type == "cuda":
         torch._assert_async(fits, message)                       # ends the process, and nothing waits for it
@@ -690,16 +691,20 @@ def pgd(model, x, y, epsilon, step_size, num_steps, *, loss="ce", random_start=T
                 logits = model(x_adv).float()
                 gradient = gradient + torch.autograd.grad(objective(logits, y).sum(), x_adv)[0]
             finite = gradient.isfinite().all() & finite
-            x_next = torch.clamp(x_adv.detach() + step_size * gradient.sign(), lower, upper)
+            x_adv, size = x_adv.detach(), step_size * (0.1 ** (t / max(1, num_steps - 1)) if anneal else 1)
+            x_next = torch.clamp(x_adv + size * gradient.sign(), lower, upper)
+            if anneal and t:
+                x_next = torch.clamp(0.75 * x_next + 0.25 * (2 * x_adv - previous), lower, upper)
             if broken_at is not None:
                 right = logits.argmax(1) == y
                 gone, left = (~right).nonzero()[:, 0], right.nonzero()[:, 0]
-                done[live[gone]], broken_at[live[gone]] = x_adv.detach()[gone], t
-                x_next, lower, upper, y, live = (v[left] for v in (x_next, lower, upper, y, live))
-            x_adv = x_next
+                done[live[gone]], broken_at[live[gone]] = x_adv[gone], t
+                state = x_next, x_adv, lower, upper, y, live
+                x_next, x_adv, lower, upper, y, live = (v[left] for v in state)
+            previous, x_adv = x_adv, x_next
             if not len(live):
                 break
-    done[live] = x_adv.detach()
+    done[live] = x_adv
     if x.device.type == "cuda" and broken_at is None:
         return torch.where(finite, done, math.nan)
     if not finite:
@@ -777,22 +782,24 @@ def batched(images, labels, *more, label="evaluation"):
 
 
 def first_broken_iterate(model, images, generator, *, epsilon, step_size, num_steps, restarts=1,
-                         losses=("ce",), random_start=True):
-    """(N,) int, the first misclassified iterate over all restarts: -1 is the clean image, num_steps the last
-    iterate, num_steps + 1 none. A restart begins with all images that are right when clean, so what happens
-    at iterate t of restart r depends on nothing later: more steps or restarts can only break more images."""
+                         losses=("ce",), random_start=True, anneal=True):
+    """(N,) int, the first misclassified iterate of the first restart that has one: -1 is the clean image,
+    num_steps the last iterate, num_steps + 1 none. Broken images are not attacked again, but their noise is
+    drawn, so that a restart does not depend on those before it: more of them can only break more images."""
     out = torch.full_like(images[1], num_steps + 1)
     for r, loss in zip(range(restarts), itertools.cycle(losses)):
         for x, y, first in batched(*images, out, label=f"attack {r + 1}/{restarts}"):
             noise = 2 * torch.rand(x.shape, generator=generator, device=x.device) - 1   # drawn for all images
             right = logits_of(model, x).argmax(1) == y
             first[~right] = -1
+            right &= first > num_steps
             if right.any():
                 x, y, at = x[right], y[right], torch.full_like(y[right], num_steps + 1)
                 start = x + epsilon * noise[right] if random_start else x
-                x_adv = pgd(model, x, y, epsilon, step_size, num_steps, loss=loss, start=start, broken_at=at)
+                x_adv = pgd(model, x, y, epsilon, step_size, num_steps, loss=loss, start=start, anneal=anneal,
+                            broken_at=at)
                 at[(logits_of(model, x_adv).argmax(1) != y) & (at > num_steps)] = num_steps
-                first[right] = torch.minimum(first[right], at)
+                first[right] = at
     return out
 
 
@@ -809,17 +816,18 @@ def noisy_verdicts(model, images, generator, *, restarts, losses, **attack):
     return clean, robust
 
 
-def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=2, losses=("ce", "margin"),
-             random_start=True, eot=10, seed=0, extra_metrics=None):
+def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=4, losses=("ce", "margin"),
+             random_start=True, anneal=True, eot=10, seed=0, extra_metrics=None):
     """Clean and robust accuracy in per cent over images = (uint8 (N, C, H, W), labels (N,)), in float32.
 
     Robust is an image whose clean form and whose every iterate of every restart are classified correctly; the
-    restarts take the losses in turn: cross-entropy and margin together break what either leaves. A random
-    network instead gets gradients averaged over `eot` passes, and the verdicts of noisy_verdicts().
+    restarts take the losses in turn, cross-entropy and margin together break what either leaves, and anneal
+    the step. A random network instead gets gradients averaged over `eot` passes, and the verdicts of
+    noisy_verdicts().
     Returns a dict: accuracies, 95 % intervals, images, attack, and what extra_metrics(model, robust) adds,
     robust (N,) being the verdict on each image. Raises Fault where images, labels or logits are not fit."""
     attack = dict(epsilon=epsilon, step_size=step_size, num_steps=num_steps, restarts=restarts,
-                  losses=list(losses)[:restarts], random_start=random_start)
+                  losses=list(losses)[:restarts], random_start=random_start, anneal=anneal)
     with evaluating(model, seed=seed) as generator:
         images = checked(model, images)
         if is_random(model, images[0]):
@@ -846,8 +854,8 @@ def sanity_flags(model, images, *, epsilon, step_size, num_steps, eot=10, seed=0
             attack |= dict(restarts=1, eot=eot, seed=seed)
             found = [evaluate(model, images, num_steps=n, **attack) for n in steps]
             return [one["robust_acc"] for one in found]
-        first = first_broken_iterate(model, images, generator, num_steps=steps[-1], **attack)
-        return [per_cent(first > n) for n in steps]
+        return [per_cent(first_broken_iterate(model, images, generator.manual_seed(seed), num_steps=n, **attack)
+                         > n) for n in steps]
 
     with evaluating(model, seed=seed) as generator:
         images, random = checked(model, images), is_random(model, images[0])
@@ -867,7 +875,7 @@ def sanity_flags(model, images, *, epsilon, step_size, num_steps, eot=10, seed=0
             noise = min(per_cent(fraction_correct(model, n, y, 10)) for n in noisy)
         else:
             noise = per_cent(torch.stack([logits_of(model, n).argmax(1) == y for n in noisy]).all(0))
-        wild, = robust(1.0, 0.1, num_steps)
+        wild, = robust(1.0, 1.0, num_steps)
     return [sentence for raised, sentence in (
         (random, "random output, expected of a network with noise: two passes over one image differ"),
         (not random and (alone - logits[:32]).abs().max() > 1e-4 * logits.abs().max(),

@@ -47,14 +47,14 @@ def get_args(argv=None):
     paper.add_argument("--rank-rule", choices=("hull", "uniform"), default="hull", help="[D] or one fraction")
     paper.add_argument("--budget", choices=("parameters", "macs"), default="parameters", help="of [D]")
     paper.add_argument("--admm-epochs", type=whole(0, 10000), help="0 is the one-shot baseline")
-    paper.add_argument("--admm-lr", type=rate, help="peak learning rate (default: half of --lr)")
+    paper.add_argument("--admm-lr", type=rate, help="first learning rate (default: --lr)")
     paper.add_argument("--finetune-lr", type=rate, help="of fine-tuning (default: --lr)")
     paper.add_argument("--rho", type=number(1e-9, 1000), help="penalty (default: fits rate and interval)")
     paper.add_argument("--hooi", type=whole(0, 100), default=0, help="alternating sweeps in every projection")
     args = resolve(parser, parser.parse_args(argv))
     if not args.admm_epochs:
         parser.refuse(args, "without --admm-epochs", "rho", "admm_lr")
-    args.admm_lr, args.finetune_lr = args.admm_lr or args.lr / 2, args.finetune_lr or args.lr
+    args.admm_lr, args.finetune_lr = args.admm_lr or args.lr, args.finetune_lr or args.lr
     return args
 
 
@@ -304,17 +304,17 @@ def build(artifact):
 
 
 @torch.no_grad()
-def reestimate_batchnorm_(model, batches, most=200):
-    """Running statistics become plain averages over at most `most` batches of clean images, because the cut
-    moved every activation; fine-tuning moves them on to adversarial images, which they see only then."""
+def reestimate_batchnorm_(model, batches, args, most=200):
+    """Running statistics become plain averages over at most `most` batches of adversarial images, which
+    training has them from, because the cut moved every activation. The attack sees those of its batch."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     before = [m.momentum for m in norms]
     for m in norms:
         m.reset_running_stats()
         m.momentum = None
     model.train()
-    for _, (x, _) in zip(range(most), batches):
-        model(x)
+    for _, (x, y) in zip(range(most), batches):
+        model(pgd(model, x, y, args.epsilon, args.step_size, args.num_steps))
     for m, momentum in zip(norms, before):
         m.momentum = momentum
 
@@ -375,10 +375,11 @@ def main(argv=None):
     ranks = run.compute_once("ranks", save_dense_and_choose_ranks, dict)             # [D]
 
     # Phase 2: ADMM pulls the dense weights towards those ranks. W follows Z - U with time constant
-    # (1 - momentum) / (lr rho) steps; at the peak rate three of them fit an epoch, the interval of updates.
+    # (1 - momentum) / (lr rho) steps; at the first rate three of them fit an epoch, the interval of updates.
+    # The rate falls from the first step on: while it rose, U would wind up before W can follow.
     rho = args.rho or 3 * (1 - args.momentum) / (args.admm_lr * data.steps(args.batch_size))
     admm = ADMM(layers, ranks, rho, args.hooi)
-    optimizer, schedule = make_optimizer(model, args.admm_lr, args.admm_epochs, data, args)
+    optimizer, schedule = make_optimizer(model, args.admm_lr, args.admm_epochs, data, args, rise=0.0)
     for epoch in run.epochs("admm", model=model, optimizer=optimizer, schedule=schedule, admm=admm):
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, admm.penalty)
         run.log(epoch=epoch + 1, **fields, rho=rho, residual=admm.update())
@@ -388,7 +389,7 @@ def main(argv=None):
     # Phase 3: the cut, and fine-tuning of the factors.
     model = prepare(factorise_(model, ranks, args.hooi), args)       # [H]
     if not run.saved:                                                # else last.pt holds them
-        reestimate_batchnorm_(model, data.batches(args.batch_size, run.generator))
+        reestimate_batchnorm_(model, data.batches(args.batch_size, run.generator), args)
     optimizer, schedule = make_optimizer(model, args.finetune_lr, args.finetune_epochs, data, args)
     for epoch in run.epochs("finetune", model=model, optimizer=optimizer, schedule=schedule):
         run.log(epoch=epoch + 1, **train_epoch(model, run.batches(), optimizer, schedule, args))

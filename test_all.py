@@ -3,6 +3,7 @@
 Tests against independent libraries (foolbox, pyautoattack, scikit-learn, scipy, tensorly, torchao) are
 skipped where those are not installed. Break the code once and watch the test of that line fail.
 """
+import argparse
 import ast
 import contextlib
 import copy
@@ -311,7 +312,7 @@ def test_training_attacks_in_eval_mode_and_waits_for_a_gpu_in_pgds_two_checks_al
 
 
 # ---------------------------------------------------------------- evaluation
-SETTINGS = dict(epsilon=0.2, step_size=0.05, num_steps=20)
+SETTINGS = dict(epsilon=0.2, step_size=0.2, num_steps=20)
 
 
 def test_autoattack_gets_gradients_that_it_can_view_flat(monkeypatch):
@@ -338,7 +339,7 @@ def test_evaluate_is_near_autoattack(digits):
     pyautoattack = pytest.importorskip("pyautoattack")
     model = common.load_model(SHIPPED / "model.pt")
     images = [t[:50] for t in digits.test]
-    ours = common.evaluate(model, images, epsilon=0.2, step_size=0.05, num_steps=50)["robust_acc"] / 2
+    ours = common.evaluate(model, images, epsilon=0.2, step_size=0.2, num_steps=50)["robust_acc"] / 2
 
     def survivors(images, attack):
         judge = pyautoattack.AutoAttack(model, eps=0.2, version="custom", attacks=[attack], seed=0)
@@ -347,24 +348,29 @@ def test_evaluate_is_near_autoattack(digits):
         right = model(x_adv).argmax(1) == images[1]
         return [t[right] for t in images]
     ce = survivors(images, "apgd-ce")
-    left = len(survivors(ce, "apgd-t")[1])                       # of 50: two restarts are the weaker attack
-    assert 25 < left <= ours and abs(ours - len(ce[1])) <= 5 and ours - left <= 7, (ours, len(ce[1]), left)
+    left = len(survivors(ce, "apgd-t")[1])
+    assert 25 < left <= len(ce[1]) and abs(ours - left) <= 1, (ours, len(ce[1]), left)          # images of 50
 
 
 def test_evaluate_counts_every_iterate_of_every_restart(robust, digits):
     images = [t[:250] for t in digits.test]                      # one batch; some are wrong when clean
     x, y, generator = common.to_float(images[0]), images[1], torch.Generator().manual_seed(0)
-    survived = robust(x).argmax(1) == y
+    survived, before = robust(x).argmax(1) == y, None
     assert not survived.all()
     for margin in (False, True, False):                          # the same attack, written plainly
         x_adv = (x + 0.2 * (2 * torch.rand(x.shape, generator=generator) - 1)).clamp(0, 1)
-        for _ in range(21):
+        for step in [0.2 * 10 ** (-t / 19) for t in range(20)] + [None]:
             x_adv.requires_grad_()
             logits = robust(x_adv)
             survived &= logits.argmax(1) == y
-            loss = common.margin_loss(logits, y).sum() if margin else F.cross_entropy(logits, y)
-            gradient, = torch.autograd.grad(loss, x_adv)
-            x_adv = torch.clamp(x_adv.detach() + 0.05 * gradient.sign(), x - 0.2, x + 0.2).clamp(0, 1)
+            if step:
+                loss = common.margin_loss(logits, y).sum() if margin else F.cross_entropy(logits, y)
+                gradient, = torch.autograd.grad(loss, x_adv)
+                now = x_adv.detach()
+                new = torch.clamp(now + step * gradient.sign(), x - 0.2, x + 0.2).clamp(0, 1)
+                if step < 0.2:
+                    new = now + 0.75 * (new - now) + 0.25 * (now - before)
+                before, x_adv = now, torch.clamp(new, x - 0.2, x + 0.2).clamp(0, 1)
     found = common.evaluate(robust, images, **SETTINGS, restarts=3, losses=["ce", "margin"])
     assert found["robust_acc"] == common.per_cent(survived)
 
@@ -394,11 +400,11 @@ def test_sanity_flags_are_silent_on_honest_networks_and_not_on_a_weak_attack(rob
     """Noise is one flag. Transferred examples are weaker, and those of the network itself as strong."""
     for model in (robust, standard):
         assert common.sanity_flags(model, digits.test, **SETTINGS) == []
-    flags = common.sanity_flags(robust, digits.test, epsilon=0.2, step_size=0.01, num_steps=4)
+    flags = common.sanity_flags(robust, digits.test, epsilon=0.2, step_size=0.03, num_steps=4)
     assert any("not converged" in flag for flag in flags) and any("FGSM" in flag for flag in flags)
     white = common.evaluate(robust, digits.test, **SETTINGS)["robust_acc"]
     assert 40 < white < judges.transfer(robust, standard, digits.test, **SETTINGS) - 5
-    assert judges.transfer(robust, robust, digits.test, **SETTINGS) == pytest.approx(white, abs=2)
+    assert judges.transfer(robust, robust, digits.test, **SETTINGS) == pytest.approx(white, abs=4)
     noisy = Wrapped(robust, lambda f, x: f(x + 0.1 * torch.randn_like(x))).eval()
     flag, = common.sanity_flags(noisy, digits.test, epsilon=0.001, step_size=0.0005, num_steps=3, eot=2)
     images, attack = [t[:60] for t in digits.test], dict(epsilon=0.2, step_size=0.05, num_steps=3, eot=2)
@@ -607,13 +613,20 @@ def test_cstar_factorised_layer_equals_the_projected_one(layer, rank, size):
     assert sum(p.numel() for p in thin.parameters()) == count
 
 
-def test_cstar_batch_norm_is_the_average_over_batches():
-    model = nn.Sequential(nn.BatchNorm2d(2))
-    batches = [(torch.randn(8, 2, 3, 3) + i, None) for i in range(4)]
-    cstar.reestimate_batchnorm_(model, batches, most=3)
-    average = torch.stack([x.mean((0, 2, 3)) for x, _ in batches[:3]]).mean(0)
-    assert torch.allclose(model[0].running_mean, average, atol=1e-6)
-    assert model[0].momentum == 0.1
+def test_cstar_batch_norm_is_the_average_over_attacked_batches():
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(18, 2))
+    batches = [(torch.rand(8, 2, 3, 3) / 2 + i / 8, torch.arange(8) % 2) for i in range(4)]
+    for epsilon in (0.0, 0.1):
+        args = argparse.Namespace(epsilon=epsilon, step_size=0.05, num_steps=3)
+        torch.manual_seed(0)
+        attacked = [common.pgd(copy.deepcopy(model).train(), *batch, epsilon, 0.05, 3) for batch in batches[:3]]
+        torch.manual_seed(0)
+        cstar.reestimate_batchnorm_(model, batches, args, most=3)
+        average = torch.stack([x.mean((0, 2, 3)) for x in attacked]).mean(0)
+        assert torch.allclose(model[0].running_mean, average, atol=1e-6)
+        assert model[0].momentum == 0.1 and model[0].num_batches_tracked == 3
+    clean = torch.stack([x.mean((0, 2, 3)) for x, _ in batches[:3]]).mean(0)
+    assert not torch.allclose(average, clean, atol=1e-3)
 
 
 # ---------------------------------------------------------------- ADMM pruning
@@ -1526,7 +1539,7 @@ def test_cstar_run_writes_a_smaller_file_that_is_what_it_reports(finished, digit
     assert result["bytes"] == sizes[0] < result["dense_bytes"] == sizes[1]
     assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(result))
     images = [t[common.balanced(digits.test[1].numpy(), 40)] for t in digits.test]
-    again = common.evaluate(model, images, epsilon=0.2, step_size=0.05, num_steps=3, restarts=1)
+    again = common.evaluate(model, images, epsilon=0.2, step_size=0.2, num_steps=3, restarts=1)
     assert {k: result[k] for k in again} == again
     assert phases_of(folder) == [2, 2, 2] and log_of(folder)[-1]["phase"] == "final"
     x = torch.rand(2, 1, 8, 8)

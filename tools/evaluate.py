@@ -1,7 +1,7 @@
 """Evaluates a saved network: clean, under PGD, with sanity flags; and by other judges where asked for.
 
   python tools/evaluate.py runs/DIR/model.pt                     what result.json says of it
-  python tools/evaluate.py runs/DIR/model.pt --losses ce         PGD on the cross-entropy alone
+  python tools/evaluate.py runs/DIR/model.pt --losses ce --constant-step --step-size 2/255      Madry's PGD
   python tools/evaluate.py runs/DIR/model.pt --source OTHER.pt   PGD examples made on another network
   python tools/evaluate.py runs/DIR/model.pt --autoattack        needs the package pyautoattack
   python tools/evaluate.py runs/DIR/model.pt --smoothing 0.25    certified l2 radii at that noise
@@ -32,7 +32,8 @@ def get_args(argv=None):
     parser.add_argument("--workers", type=whole(1, 256), default=8, help="threads that decode class folders")
     parser.add_argument("--eval-images", type=whole(0), help="a balanced subset; 0: all (on a CPU: 1000)")
     parser.add_argument("--epsilon", type=radius)
-    parser.add_argument("--step-size", type=radius)
+    parser.add_argument("--step-size", type=radius, help="the first one")
+    parser.add_argument("--constant-step", action="store_true", help="as in Madry's PGD; else it is annealed")
     parser.add_argument("--eval-steps", type=whole(1, 10000))
     parser.add_argument("--restarts", type=whole(1, 1000))
     parser.add_argument("--eot", type=whole(1, 1000), help="passes a gradient, with noise (default: 10)")
@@ -60,8 +61,8 @@ def transfer(model, source, images, *, epsilon, step_size, num_steps, eot=10, se
     evaluate()."""
     with evaluating(source, model, seed=seed) as generator:
         eot, draws = (n if is_random(m, images[0]) else 1 for m, n in ((source, eot), (model, 10)))
-        pairs = ((pgd(source, x, y, epsilon, step_size, num_steps, eot=eot, generator=generator), y)
-                 for x, y in batched(*images))
+        more = dict(eot=eot, anneal=True, generator=generator)
+        pairs = ((pgd(source, x, y, epsilon, step_size, num_steps, **more), y) for x, y in batched(*images))
         return per_cent(torch.cat([fraction_correct(model, x_adv, y, draws) for x_adv, y in pairs]))
 
 
@@ -161,7 +162,8 @@ def main(argv=None):
                   eot=args.eot or 10)
     result = dict(model=args.model, script=artifact["script"], dataset=args.dataset,
                   bytes=os.path.getsize(args.model),
-                  **evaluate(model, data.test, restarts=args.restarts, losses=args.losses, **attack),
+                  **evaluate(model, data.test, restarts=args.restarts, losses=args.losses,
+                             anneal=not args.constant_step, **attack),
                   flags=sanity_flags(model, data.test, **attack))
     if args.source:
         result["transfer_acc"] = transfer(model, source, data.test, **attack)
