@@ -1940,7 +1940,7 @@ def test_relax_method_bc_is_br_that_switches_at_once(whole, tmp_path, monkeypatc
 
 def test_relax_quantises_the_networks_of_common_from_a_dense_one(whole, finished, tmp_path):
     more = "--depth 8 --members 2 --pretrain-epochs 0".split()
-    with pytest.raises(SystemExit):
+    with pytest.raises(common.UsageFault):
         tiny(tmp_path / "run", "--arch", "resnet18", *more, script=binary_relax)
     flags = ("--dataset digits --arch resnet18 --width 1 --train-images 128 --eval-images 40 --batch-size 32 "
              "--relax-epochs 1 --finetune-epochs 1 --num-steps 1 --eval-steps 2 --restarts 1 --device cpu")
