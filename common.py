@@ -161,7 +161,7 @@ def resolve(parser, args, longest_ramp=lambda args: args.pretrain_epochs, **defa
     args.eval_step_size = args.eval_step_size or min(args.step_size, args.epsilon / 4)
     args.device = check_device(args.device)
     if args.batch_size % world() or args.batch_size < 2 * world():
-        parser.error(f"argument --batch-size: {args.batch_size} is not {world()} equal shares of 2 or more images")
+        parser.error(f"argument --batch-size: {args.batch_size} is not {world()} equal shares of 2 or more")
     if args.compile and not any(map(shutil.which, ("cc", "gcc", "c++", "g++", "clang++"))):
         parser.error("argument --compile: torch.compile needs a C++ compiler, and none is on the PATH")
     args.amp = args.amp == "on" or args.amp == "auto" and bfloat16_is_fast(args.device)
@@ -208,6 +208,8 @@ def progress(items, label, total, later=0):
 
 def cli(main):
     """Runs main(); a fault becomes one line and a status; a signal stops at once and says how to continue."""
+    if dist.is_torchelastic_launched():
+        join()                                                       # which would not let a handler run
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:                               # closed by the shell: `2>&-`
@@ -216,9 +218,11 @@ def cli(main):
             getattr(sys, name).reconfigure(errors="backslashreplace")
     status = message = None
     try:
-        if dist.is_torchelastic_launched():
-            join()
-        main()
+        try:
+            main()
+        finally:                                                     # torchrun sends them as soon as one ends
+            for sent in (signal.SIGINT, signal.SIGTERM) if dist.is_initialized() else ():
+                signal.signal(sent, signal.SIG_IGN)
     except BrokenPipeError:                                          # `| head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
@@ -230,11 +234,10 @@ def cli(main):
         status, message = getattr(fault, "status", 1), f"{Run.active.where if Run.active else ''}{fault}"
     except (KeyboardInterrupt, SystemExit) as stop:
         status = getattr(stop, "code", 130)
+        message = "stopped" if dist.is_initialized() and status in (130, 143) else None
     if status in (130, 143) and Run.active:
         command = shlex.join([*LAUNCHER, *(a for a in sys.argv if a != "--resume"), "--resume"])
         message = f"stopped; the last finished epoch is kept. To continue: {command}"
-    for sent in (signal.SIGINT, signal.SIGTERM) if dist.is_initialized() else ():
-        signal.signal(sent, signal.SIG_IGN)                          # torchrun sends them as soon as one ends
     if message and (not dist.is_initialized() or join().add("messages", 1) == 1):        # one tells
         print(f"{CLEAR * sys.stderr.isatty()}{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     if dist.is_initialized():
@@ -270,10 +273,9 @@ def meet(collective, *args):
         if world() > 1:
             collective(*args)
     except RuntimeError as fault:                                    # gloo has no error of its own for this
-        raise Fault(f"another process has ended, or cannot be reached ({first_line(fault)})") from None
+        raise Fault(f"another process is gone or unreachable ({first_line(fault).partition('. ')[0]})") from None
 
 
-@torch.no_grad()
 def average_(tensors):
     """Makes each tensor its mean over all processes, by one flat message."""
     if world() > 1 and tensors:
@@ -309,9 +311,8 @@ class Data:
         images, labels = self.train
         order = torch.randperm(len(labels), generator=generator, device=labels.device)
         for index in order[:self.steps(batch_size) * batch_size].split(batch_size):
-            x = augment(images[index], self.crop, self.flip, generator)
-            mine = slice(rank(), len(x) // world() * world(), world())           # this process's share
-            yield to_float(x[mine]), labels[index][mine]
+            own = slice(rank(), len(index) // world() * world(), world())            # this process's share
+            yield to_float(augment(images[index], self.crop, self.flip, generator)[own]), labels[index][own]
 
 
 def to_float(images):

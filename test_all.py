@@ -18,6 +18,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -2655,3 +2656,107 @@ def test_every_script_ships_a_network(script):
     shipped = [json.loads(path.with_name("result.json").read_text())["script"]
                for path in (HERE / "results").glob("*/model.pt")]
     assert script.__name__ in shipped
+
+
+# ---------------------------------------------------------------- several processes
+def begin(rank, port, work, *args):
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    common.join()
+    work(*args)
+
+
+def in_two(work, *args):
+    """work(*args) in two processes that meet as torchrun's do, forked from one that has imported this file."""
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["test_all"])
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    torch.multiprocessing.start_processes(begin, (port, work, *args), nprocs=2, start_method="forkserver")
+
+
+def without_noise(name, folder):
+    script = importlib.import_module(name)
+    script.pgd = functools.partial(common.pgd, random_start=False)
+    common.Run.finish = lambda run, *judge, **more: more
+    flags = " ".join(TINY).replace("resnet18 --width 1", "lenet --width 4 --amp off").replace("ratio 4", "ratio 1.5")
+    phase = {hydra_prune: "prune", binary_relax: "relax"}.get(script, "admm")
+    flags = flags.replace("admm", phase).replace("--ratio 1.5", "--bits 2" if phase == "relax" else "--ratio 1.5")
+    script.main([*flags.split(), "--output", str(folder)])
+    (folder / f"seed {torch.initial_seed()}").touch()
+
+
+@every_script
+def test_two_processes_train_the_weights_of_one(tmp_path, monkeypatch, script):
+    monkeypatch.setattr(script, "pgd", script.pgd)               # and so put back
+    unevaluated(monkeypatch)
+    without_noise(script.__name__, tmp_path / "one")
+    in_two(without_noise, script.__name__, tmp_path / "two")
+    last = [common.read_file(tmp_path / name / "last.pt")["states"]["model"] for name in ("one", "two")]
+    dense = [weights_of(tmp_path / name / "dense.pt") for name in ("one", "two")]
+    for one, two in (last, dense):
+        assert one.keys() == two.keys() and all((one[k] - two[k]).abs().max() < 1e-6 for k in one)
+    logs = [[json.loads(line) for line in open(tmp_path / name / "log.jsonl")] for name in ("one", "two")]
+    assert len(logs[0]) == len(logs[1]) == 7
+    for one, two in zip(*(log[1:] for log in logs)):
+        assert {k: two[k] for k in one if k != "seconds"} == pytest.approx({k: one[k] for k in one if k != "seconds"})
+    assert len([*(tmp_path / "two").glob("seed*")]) == 2         # noise is each process's own
+
+
+class Halves(nn.Module):
+    """A batch norm that takes every other image apart, with statistics of its own."""
+    def __init__(self, norm):
+        super().__init__()
+        self.norms = nn.ModuleList([norm, copy.deepcopy(norm)])
+        self.norms[1].weight, self.norms[1].bias = norm.weight, norm.bias
+
+    def forward(self, x):
+        return torch.stack([norm(x[i::2]) for i, norm in enumerate(self.norms)], 1).flatten(0, 1)
+
+
+def in_double(folder, change):
+    args = cstar.get_args([*TINY, "--amp", "off", "--output", str(folder)])
+    cstar.pgd, data, model = functools.partial(common.pgd, random_start=False), common.load_data(args), resnet()
+    for name, norm in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]:
+        model.set_submodule(name, change(norm))
+    optimizer, schedule = common.make_optimizer(model.double(), args.lr, 1, data, args)
+    run = common.Run(args, data, cstar.__file__, dict(pretrain=1))
+    for _ in run.epochs("pretrain", model=model):
+        cstar.train_epoch(model, ((x.double(), y) for x, y in run.batches()), optimizer, schedule, args)
+    run.file.close()
+
+
+def test_two_processes_normalise_their_shares_and_save_the_mean_statistics(tmp_path, monkeypatch):
+    monkeypatch.setattr(cstar, "pgd", cstar.pgd)
+    in_double(tmp_path / "one", Halves)
+    in_two(in_double, tmp_path / "two", copy.copy)
+    one, two = (common.read_file(tmp_path / name / "last.pt")["states"]["model"] for name in ("one", "two"))
+    assert len(two) == 122
+    for name, t in two.items():
+        parts = [one[k] for k in (name, *(".norms.".join(name.rsplit(".", 1)).replace("norms.", f"norms.{i}.")
+                                          for i in (0, 1))) if k in one]
+        assert (t - sum(parts) / len(parts)).abs().max() < 1e-10, name
+
+
+def judged(file, script=hydra_prune):
+    """The accuracies that a process finds of three networks, and how many images it has attacked."""
+    attacked, pgd, file = [], common.pgd, f"{file}{common.rank()}"
+    common.pgd = lambda model, x, *args, **more: attacked.append(len(x)) or pgd(model, x, *args, **more)
+    data, model = common.load_data(cstar.get_args(["--dataset", "digits", "--device", "cpu"])), common.load_model(
+        SHIPPED / "model.pt")
+    attack = dict(epsilon=0.2, step_size=0.1, num_steps=3)
+    found = [common.evaluate(model, data.test, **attack), sum(attacked)]
+    noisy = Wrapped(model, lambda model, x: model(x + 0.01 * torch.randn_like(x)))
+    found.append(common.evaluate(noisy, [t[:40] for t in data.test], **attack, eot=2))
+    torch.manual_seed(0)
+    chain = common.build_network("cnn_small", 2, 1, 10, (8, 8))
+    found.append(hydra_prune.verify(chain, [t[:60] for t in data.test], 0.01, torch.ones(60) == 1))
+    Path(file).write_text(json.dumps(found))
+
+
+def test_two_processes_find_the_accuracies_of_one_and_attack_no_image_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "pgd", common.pgd)
+    judged(tmp_path / "one")
+    in_two(judged, tmp_path / "two")
+    one, *two = (json.loads((tmp_path / name).read_text()) for name in ("one0", "two0", "two1"))
+    assert one.pop(1) == two[0].pop(1) + two[1].pop(1) and one == two[0] == two[1]
+    assert 0 < one[0]["robust_acc"] < one[0]["clean_acc"] and 0 < one[2]["verified_acc"] < 100
