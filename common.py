@@ -273,7 +273,7 @@ def meet(collective, *args):
         if world() > 1:
             collective(*args)
     except RuntimeError as fault:                                    # gloo has no error of its own for this
-        raise Fault(f"another process is gone or unreachable ({first_line(fault).partition('. ')[0]})") from None
+        raise Fault(f"another process is out of reach ({first_line(fault).partition('. ')[0]})") from None
 
 
 def average_(tensors):

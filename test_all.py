@@ -18,7 +18,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -2659,47 +2658,18 @@ def test_every_script_ships_a_network(script):
 
 
 # ---------------------------------------------------------------- several processes
-def begin(rank, port, work, *args):
-    os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def begin(rank, count, port, work, *args):
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                       TORCHELASTIC_USE_AGENT_STORE="True")
     common.join()
     work(*args)
 
 
-def in_two(work, *args):
-    """work(*args) in two processes that meet as torchrun's do, forked from one that has imported this file."""
+def together(count, work, *args):
+    """work(*args) in processes that meet as torchrun's do, forked from one that only imported this file."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["test_all"])
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    torch.multiprocessing.start_processes(begin, (port, work, *args), nprocs=2, start_method="forkserver")
-
-
-def without_noise(name, folder):
-    script = importlib.import_module(name)
-    script.pgd = functools.partial(common.pgd, random_start=False)
-    common.Run.finish = lambda run, *judge, **more: more
-    flags = " ".join(TINY).replace("resnet18 --width 1", "lenet --width 4 --amp off").replace("ratio 4", "ratio 1.5")
-    phase = {hydra_prune: "prune", binary_relax: "relax"}.get(script, "admm")
-    flags = flags.replace("admm", phase).replace("--ratio 1.5", "--bits 2" if phase == "relax" else "--ratio 1.5")
-    script.main([*flags.split(), "--output", str(folder)])
-    (folder / f"seed {torch.initial_seed()}").touch()
-
-
-@every_script
-def test_two_processes_train_the_weights_of_one(tmp_path, monkeypatch, script):
-    monkeypatch.setattr(script, "pgd", script.pgd)               # and so put back
-    unevaluated(monkeypatch)
-    without_noise(script.__name__, tmp_path / "one")
-    in_two(without_noise, script.__name__, tmp_path / "two")
-    last = [common.read_file(tmp_path / name / "last.pt")["states"]["model"] for name in ("one", "two")]
-    dense = [weights_of(tmp_path / name / "dense.pt") for name in ("one", "two")]
-    for one, two in (last, dense):
-        assert one.keys() == two.keys() and all((one[k] - two[k]).abs().max() < 1e-6 for k in one)
-    logs = [[json.loads(line) for line in open(tmp_path / name / "log.jsonl")] for name in ("one", "two")]
-    assert len(logs[0]) == len(logs[1]) == 7
-    for one, two in zip(*(log[1:] for log in logs)):
-        assert {k: two[k] for k in one if k != "seconds"} == pytest.approx({k: one[k] for k in one if k != "seconds"})
-    assert len([*(tmp_path / "two").glob("seed*")]) == 2         # noise is each process's own
+    torch.multiprocessing.start_processes(begin, (count, store.port, work, *args), count, start_method="forkserver")
 
 
 class Halves(nn.Module):
@@ -2713,50 +2683,105 @@ class Halves(nn.Module):
         return torch.stack([norm(x[i::2]) for i, norm in enumerate(self.norms)], 1).flatten(0, 1)
 
 
-def in_double(folder, change):
-    args = cstar.get_args([*TINY, "--amp", "off", "--output", str(folder)])
-    cstar.pgd, data, model = functools.partial(common.pgd, random_start=False), common.load_data(args), resnet()
-    for name, norm in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]:
-        model.set_submodule(name, change(norm))
-    optimizer, schedule = common.make_optimizer(model.double(), args.lr, 1, data, args)
-    run = common.Run(args, data, cstar.__file__, dict(pretrain=1))
-    for _ in run.epochs("pretrain", model=model):
-        cstar.train_epoch(model, ((x.double(), y) for x, y in run.batches()), optimizer, schedule, args)
-    run.file.close()
+def train(name, folder, norm):
+    """A run, without random starts, of LeNet; or with `norm`, of batch norms, of ResNet-18 in float64."""
+    script, phase = importlib.import_module(name), dict(hydra_prune="prune", binary_relax="relax").get(name, "admm")
+    size = "--ratio 1.2" if phase != "relax" else "--bits 2 --finetune-epochs 0"     # equal sums: rounding decides
+    more = "--arch lenet --width 4" if not norm else "--pretrain-epochs 1"
+    script.pgd = functools.partial(common.pgd, random_start=False)
+    common.Run.finish = lambda run, *judge, **more: more
+
+    def build(**network):
+        model = common.build_network(**network).double()
+        for name, m in [(name, m) for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]:
+            model.set_submodule(name, norm(m))
+        return model
+    if norm:
+        script.build_network, common.to_float = build, lambda images: images.double() / 255
+    flags = " ".join(TINY).replace("admm", phase).replace("--ratio 4", size)
+    script.main(f"{flags} {more} --amp off --output {folder}".split())
+    (folder / f"seed {torch.initial_seed()}").touch()
 
 
-def test_two_processes_normalise_their_shares_and_save_the_mean_statistics(tmp_path, monkeypatch):
-    monkeypatch.setattr(cstar, "pgd", cstar.pgd)
-    in_double(tmp_path / "one", Halves)
-    in_two(in_double, tmp_path / "two", copy.copy)
-    one, two = (common.read_file(tmp_path / name / "last.pt")["states"]["model"] for name in ("one", "two"))
-    assert len(two) == 122
-    for name, t in two.items():
-        parts = [one[k] for k in (name, *(".norms.".join(name.rsplit(".", 1)).replace("norms.", f"norms.{i}.")
-                                          for i in (0, 1))) if k in one]
-        assert (t - sum(parts) / len(parts)).abs().max() < 1e-10, name
+@pytest.mark.parametrize("script, norms", [*((s, (None, None)) for s in SCRIPTS), (cstar, (Halves, copy.copy))])
+def test_two_processes_train_the_weights_of_one(tmp_path, script, norms):
+    """Batch norms have the statistics of their shares; what is saved is the mean."""
+    for count, norm in zip((1, 2), norms):
+        together(count, train, script.__name__, tmp_path / str(count), norm)
+    phases = 1 if norm else 2
+    for name, key in (("dense.pt", None), ("last.pt", "states"))[:phases]:
+        one, two = (common.read_file(tmp_path / n / name)["states"]["model"] if key else
+                    common.read_artifact(tmp_path / n / name)["state"] for n in "12")
+        for name, t in two.items():
+            parts = [v for k, v in one.items() if re.sub(r"norms\.\d\.", "", k) == name]
+            assert (t - sum(parts) / len(parts)).abs().max() < (1e-10 if norm else 1e-6)
+    logs = [[json.loads(line) for line in open(tmp_path / n / "log.jsonl")][1:1 + phases] for n in "12"]
+    assert all(two[key] == pytest.approx(one[key]) for one, two in zip(*logs) for key in one.keys() - {"seconds"})
+    assert len([*(tmp_path / "2").glob("seed*")]) == 2           # noise is each process's own
 
 
-def judged(file, script=hydra_prune):
-    """The accuracies that a process finds of three networks, and how many images it has attacked."""
-    attacked, pgd, file = [], common.pgd, f"{file}{common.rank()}"
+def judge(folder):
+    """What a process finds of three networks, and how many images of the first it has attacked."""
+    attacked, pgd, attack = [], common.pgd, dict(epsilon=0.2, step_size=0.1, num_steps=3)
     common.pgd = lambda model, x, *args, **more: attacked.append(len(x)) or pgd(model, x, *args, **more)
-    data, model = common.load_data(cstar.get_args(["--dataset", "digits", "--device", "cpu"])), common.load_model(
-        SHIPPED / "model.pt")
-    attack = dict(epsilon=0.2, step_size=0.1, num_steps=3)
-    found = [common.evaluate(model, data.test, **attack), sum(attacked)]
+    images = common.load_data(cstar.get_args(["--dataset", "digits", "--device", "cpu"])).test
+    model, few = common.load_model(SHIPPED / "model.pt"), [t[:60] for t in images]
     noisy = Wrapped(model, lambda model, x: model(x + 0.01 * torch.randn_like(x)))
-    found.append(common.evaluate(noisy, [t[:40] for t in data.test], **attack, eot=2))
+    found = [sum(attacked), common.evaluate(model, images, **attack), sum(attacked)]
     torch.manual_seed(0)
     chain = common.build_network("cnn_small", 2, 1, 10, (8, 8))
-    found.append(hydra_prune.verify(chain, [t[:60] for t in data.test], 0.01, torch.ones(60) == 1))
-    Path(file).write_text(json.dumps(found))
+    found += [hydra_prune.verify(chain, few, 0.01, torch.ones(60) == 1), common.evaluate(noisy, few, **attack)]
+    (folder / f"{common.world()}{common.rank()}").write_text(json.dumps(found[1:]))
 
 
-def test_two_processes_find_the_accuracies_of_one_and_attack_no_image_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "pgd", common.pgd)
-    judged(tmp_path / "one")
-    in_two(judged, tmp_path / "two")
-    one, *two = (json.loads((tmp_path / name).read_text()) for name in ("one0", "two0", "two1"))
-    assert one.pop(1) == two[0].pop(1) + two[1].pop(1) and one == two[0] == two[1]
-    assert 0 < one[0]["robust_acc"] < one[0]["clean_acc"] and 0 < one[2]["verified_acc"] < 100
+def test_two_processes_find_the_accuracies_of_one_and_attack_no_image_twice(tmp_path):
+    for count in (1, 2):
+        together(count, judge, tmp_path)
+    one, *two = (json.loads((tmp_path / name).read_text()) for name in ("10", "20", "21"))
+    attacked = [found.pop(1) for found in (one, *two)]
+    assert attacked[0] == attacked[1] + attacked[2] > attacked[1] > 0 and one == two[0] == two[1]
+    assert 0 < one[0]["robust_acc"] < one[0]["clean_acc"] and 0 < one[1]["verified_acc"] < 100
+
+
+def stop_and_resume(folder, more):
+    finish, save, count = common.Run.finish, common.Run.save, itertools.count(1)
+    common.Run.finish = lambda run, *judge, **more: more
+    tiny(folder / "whole", *more)
+    common.Run.save = lambda run, *args: [save(run, *args), next(count) == 4 and sys.exit()]
+    with contextlib.suppress(SystemExit):
+        tiny(folder / "run", *more)
+    if common.rank() == 0:
+        shutil.copytree(folder / "run", folder / "one")
+    common.Run.save, common.Run.finish = save, finish
+    assert tiny(folder / "run", *more, "--resume")["processes"] == 2
+
+
+def test_two_processes_resume_bit_for_bit_and_one_goes_on_where_they_stopped(tmp_path, monkeypatch):
+    more = ["--train-images", "64"]
+    together(2, stop_and_resume, tmp_path, more)
+    assert (tmp_path / "whole/model.pt").read_bytes() == (tmp_path / "run/model.pt").read_bytes()
+    assert json.loads((tmp_path / "run/result.json").read_text())["processes"] == 2
+    unevaluated(monkeypatch)
+    tiny(tmp_path / "one", *more, "--resume")
+    logs = [open(tmp_path / name / "log.jsonl").readlines() for name in ("whole", "run", "one")]
+    assert [len(log) for log in logs] == [7, 8, 7] and logs[1][:3] == logs[2][:3]
+
+
+def refuse(folder):
+    sys.argv, sys.stderr = ["cstar.py"], open(folder / "errors", "a", buffering=1)
+    common.cli(lambda: cstar.main(["--dataset", "digits", "--batch-size", "31", "--output", str(folder / "run")]))
+
+
+def test_two_processes_say_what_ended_them_once(tmp_path):
+    with pytest.raises(torch.multiprocessing.ProcessExitedException) as stop:
+        together(2, refuse, tmp_path)
+    assert stop.value.exit_code == 2 and os.listdir(tmp_path) == ["errors"]
+    assert re.fullmatch("cstar.py: argument --batch-size: 31 is not 2 .*\n", (tmp_path / "errors").read_text())
+    (tmp_path / "cstar.py").write_text(
+        f"import os, sys; sys.path[0] = {str(HERE)!r}; import common, cstar\n"
+        "if os.environ['RANK'] == '1': cstar.train_epoch = lambda *_, **more: os.kill(os.getpid(), 9)\n"
+        "common.cli(cstar.main)")
+    run = spawn("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "cstar.py", *TINY,
+                "--pretrain-epochs", "500", "--output", tmp_path / "run")
+    said, = re.findall("^cstar.py: (.*)", run.communicate(timeout=60)[1], re.M)
+    assert run.returncode == 1 and re.match("pretrain 1/500: another pro|stopped; .*torchrun --nproc.*--resume", said)
