@@ -2772,7 +2772,15 @@ def refuse(folder):
     common.cli(lambda: cstar.main(["--dataset", "digits", "--batch-size", "31", "--output", str(folder / "run")]))
 
 
+def leave():
+    if common.rank():
+        os._exit(0)
+    with pytest.raises(common.Fault, match="out of reach"):
+        common.meet(torch.distributed.barrier)
+
+
 def test_two_processes_say_what_ended_them_once(tmp_path):
+    together(2, leave)
     with pytest.raises(torch.multiprocessing.ProcessExitedException) as stop:
         together(2, refuse, tmp_path)
     assert stop.value.exit_code == 2 and os.listdir(tmp_path) == ["errors"]
