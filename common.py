@@ -18,11 +18,13 @@ import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
@@ -42,6 +44,8 @@ RECIPES = {
 AUGMENTATION = {"digits": dict(), "mnist": dict(), "svhn": dict(crop=4)}      # others: crop=4, flip=True
 FORMAT = 2                                                       # of all files; 1 had other bit maps
 CLEAR = "\r\033[K"                                               # takes progress() off the terminal's line
+LAUNCHER = ["python"] if not dist.is_torchelastic_launched() else [
+    "torchrun", f"--nproc_per_node={os.environ['WORLD_SIZE']}"]
 
 
 # ---------------------------------------------------------------- faults and flags
@@ -66,7 +70,7 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter, **more)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
+        raise UsageFault(message)
 
     def refuse(self, args, reason, *flags):
         """Exits with one line if one of these flags, None by default, was given: it would do nothing."""
@@ -156,6 +160,8 @@ def resolve(parser, args, longest_ramp=lambda args: args.pretrain_epochs, **defa
     args.ramp_epochs = min(args.ramp_epochs, longest)
     args.eval_step_size = args.eval_step_size or args.epsilon
     args.device = check_device(args.device)
+    if args.batch_size % world() or args.batch_size < 2 * world():
+        parser.error(f"argument --batch-size: {args.batch_size} is not {world()} equal shares of 2 or more")
     if args.compile and not any(map(shutil.which, ("cc", "gcc", "c++", "g++", "clang++"))):
         parser.error("argument --compile: torch.compile needs a C++ compiler, and none is on the PATH")
     args.amp = args.amp == "on" or args.amp == "auto" and bfloat16_is_fast(args.device)
@@ -166,6 +172,8 @@ def resolve(parser, args, longest_ramp=lambda args: args.pretrain_epochs, **defa
 def check_device(name):
     """'auto', 'cpu', 'cuda' or 'cuda:1' -> 'cpu' or 'cuda:N'; UsageFault if that is not there."""
     here = [*(f"cuda:{i}" for i in range(torch.cuda.is_available() and torch.cuda.device_count())), "cpu"]
+    if world() > 1 and name in ("auto", "cuda") and len(here) > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"                    # each process has its own
     name = here[0] if name == "auto" or name == "cuda" and len(here) > 1 else name
     if name not in here:
         raise UsageFault(f"argument --device: {name} is none of this machine's {', '.join(here)}")
@@ -188,7 +196,7 @@ def autocast(args):
 def progress(items, label, total, later=0):
     """Iterates over items; on a terminal, and only there, with a line of progress and the time to go, which
     counts `later` more such items that come afterwards."""
-    begin, terminal = time.time(), sys.stderr.isatty()
+    begin, terminal = time.time(), sys.stderr.isatty() and rank() == 0
     for i, item in enumerate(items):
         if terminal:
             rest = int((time.time() - begin) / max(1, i) * (total + later - i))
@@ -200,6 +208,8 @@ def progress(items, label, total, later=0):
 
 def cli(main):
     """Runs main(); a fault becomes one line and a status; a signal stops at once and says how to continue."""
+    if dist.is_torchelastic_launched():
+        join()                                                       # which would not let a handler run
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:                               # closed by the shell: `2>&-`
@@ -208,7 +218,11 @@ def cli(main):
             getattr(sys, name).reconfigure(errors="backslashreplace")
     status = message = None
     try:
-        main()
+        try:
+            main()
+        finally:                                                     # torchrun sends them as soon as one ends
+            for sent in (signal.SIGINT, signal.SIGTERM) if dist.is_initialized() else ():
+                signal.signal(sent, signal.SIG_IGN)
     except BrokenPipeError:                                          # `| head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
@@ -220,12 +234,61 @@ def cli(main):
         status, message = getattr(fault, "status", 1), f"{Run.active.where if Run.active else ''}{fault}"
     except (KeyboardInterrupt, SystemExit) as stop:
         status = getattr(stop, "code", 130)
+        message = "stopped" if dist.is_initialized() and status in (130, 143) else None
     if status in (130, 143) and Run.active:
-        command = shlex.join(["python", *(a for a in sys.argv if a != "--resume"), "--resume"])
+        command = shlex.join([*LAUNCHER, *(a for a in sys.argv if a != "--resume"), "--resume"])
         message = f"stopped; the last finished epoch is kept. To continue: {command}"
-    if message:
+    if message and (not dist.is_initialized() or join().add("messages", 1) == 1):        # one tells
         print(f"{CLEAR * sys.stderr.isatty()}{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    if dist.is_initialized():
+        sys.stdout.flush()
+        os._exit(status or 0)                            # a tidy end could wait for processes that are gone
     sys.exit(status)
+
+
+# ---------------------------------------------------------------- several processes, under torchrun
+# All do the same with the same random numbers, but for their shares of a training batch and of an evaluation,
+# the noise in training, and what rank 0 does alone.
+@functools.cache
+def join():
+    """Lets the processes that torchrun started meet; returns the store in which they did."""
+    store, number, count = next(dist.rendezvous("env://"))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store,
+                            rank=number, world_size=count, timeout=timedelta(days=1))     # for rank 0's work
+    sys.stdout = open(os.devnull, "w") if number else sys.stdout
+    return store
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def meet(collective, *args):
+    """collective(*args), one of torch's, if there are several processes."""
+    try:
+        if world() > 1:
+            collective(*args)
+    except RuntimeError as fault:                                    # gloo has no error of its own for this
+        raise Fault(f"another process is out of reach ({first_line(fault).partition('. ')[0]})") from None
+
+
+def average_(tensors):
+    """Makes each tensor its mean over all processes, by one flat message."""
+    if world() > 1 and tensors:
+        meet(dist.all_reduce, flat := torch.cat([t.flatten() for t in tensors]))
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(total.view_as(t) / world())
+
+
+def by_rank_0(compute):
+    """The plain data that compute() gives: rank 0 alone calls it, and the others wait for that."""
+    found = [compute() if rank() == 0 else None]
+    meet(dist.broadcast_object_list, found)
+    return found[0]
 
 
 # ---------------------------------------------------------------- data
@@ -248,7 +311,8 @@ class Data:
         images, labels = self.train
         order = torch.randperm(len(labels), generator=generator, device=labels.device)
         for index in order[:self.steps(batch_size) * batch_size].split(batch_size):
-            yield to_float(augment(images[index], self.crop, self.flip, generator)), labels[index]
+            own = slice(rank(), len(index) // world() * world(), world())            # this process's share
+            yield to_float(augment(images[index], self.crop, self.flip, generator)[own]), labels[index][own]
 
 
 def to_float(images):
@@ -289,9 +353,9 @@ def load_data(args):
     elif folders:                                                # which a failed download must not hide
         stored = name in TORCHVISION and (root / TORCHVISION[name][1]).exists()
         found = stored and read_torchvision(name, root, download=False)
-        found = found or read_folders(root / name, args.workers)
+        found = found or by_rank_0(lambda: read_folders(root / name, args.workers))
     elif name in TORCHVISION:
-        found = read_torchvision(name, root, download=True)
+        found = by_rank_0(lambda: read_torchvision(name, root, download=True))
     else:
         raise UsageFault(f"argument --dataset: there is no folder {root / name / 'train'} of class folders")
     train, test, classes = found
@@ -621,6 +685,8 @@ def make_optimizer(model, lr, epochs, data, args, adam=False, undecayed=(), rise
     kind, momentum = (torch.optim.Adam, {}) if adam else (torch.optim.SGD, dict(
         momentum=args.momentum, nesterov=args.momentum > 0, fused=True))
     optimizer = kind(groups, lr, weight_decay=args.weight_decay, **momentum)
+    optimizer.register_step_pre_hook(lambda *_: average_(        # losses are means, and shares equally large
+        [p.grad for group in groups for p in group["params"] if p.grad is not None]))
     steps = max(1, epochs * data.steps(args.batch_size))
     return optimizer, torch.optim.lr_scheduler.OneCycleLR(       # 0.2 of 5 is one step, by which it divides
         optimizer, lr, steps + 1, cycle_momentum=False, pct_start=0.3 if rise * (steps + 1) == 1 else rise)
@@ -788,8 +854,10 @@ def first_broken_iterate(model, images, generator, *, epsilon, step_size, num_st
     drawn, so that a restart does not depend on those before it: more of them can only break more images."""
     out = torch.full_like(images[1], num_steps + 1)
     for r, loss in zip(range(restarts), itertools.cycle(losses)):
-        for x, y, first in batched(*images, out, label=f"attack {r + 1}/{restarts}"):
+        for i, (x, y, first) in enumerate(batched(*images, out, label=f"attack {r + 1}/{restarts}")):
             noise = 2 * torch.rand(x.shape, generator=generator, device=x.device) - 1   # drawn for all images
+            if i % world() != rank():                            # another process's share
+                continue
             right = logits_of(model, x).argmax(1) == y
             first[~right] = -1
             right &= first > num_steps
@@ -800,6 +868,7 @@ def first_broken_iterate(model, images, generator, *, epsilon, step_size, num_st
                             broken_at=at)
                 at[(logits_of(model, x_adv).argmax(1) != y) & (at > num_steps)] = num_steps
                 first[right] = at
+    meet(dist.all_reduce, out, dist.ReduceOp.MIN)
     return out
 
 
@@ -922,6 +991,8 @@ def peak_memory():
 # ---------------------------------------------------------------- files
 def save_file(path, content):
     """Writes a dict of plain values and tensors: afterwards the file is whole, or what it was before."""
+    if rank():                                                   # rank 0 alone writes
+        return
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         torch.save(dict(format=FORMAT, **content), temporary)    # into a Python file, a signal would break it
@@ -1048,7 +1119,7 @@ class Run:
             raise UsageFault(f"{script} must lie beside common.py, with only letters, digits and _ in its "
                              "name: model.pt is read back through it")
         argv = sys.argv[1:] if argv is None else argv
-        self.command = shlex.join(["python", f"{self.script}.py", *(a for a in argv if a != "--resume")])
+        self.command = shlex.join([*LAUNCHER, f"{self.script}.py", *(a for a in argv if a != "--resume")])
         elsewhere = ("output", "resume", "data_dir", "workers", "device")     # may differ when continued
         self.flags = {k: v for k, v in vars(args).items() if k not in elsewhere}
         self.result, self.saved, self.computed, self.seconds, self.phase = None, None, {}, {}, None
@@ -1060,6 +1131,7 @@ class Run:
             print(json.dumps(self.result, indent=1))
             return
         changed = self.read_checkpoint()
+        meet(dist.barrier)                                       # before rank 0 writes, all have looked
         if Run.active:                                           # stopped by a fault, in this process
             Run.active.file.close()
         self.open_log()
@@ -1102,6 +1174,9 @@ class Run:
 
     def open_log(self):
         """Opens log.jsonl where the checkpoint ends, locked against other processes."""
+        if rank():
+            self.file = open(os.devnull, "w")
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file = open(self.folder / "log.jsonl", "a")
         with contextlib.suppress(ImportError):                   # no fcntl, no lock, on Windows
@@ -1116,6 +1191,10 @@ class Run:
 
     def log(self, **fields):
         """One line of key:value on stdout, and the same as JSON in log.jsonl."""
+        if self.phase in self.phases:                            # each process measured its share
+            names = [k for k, v in fields.items() if isinstance(v, float)]
+            average_([means := torch.tensor([fields[k] for k in names], dtype=torch.float64)])
+            fields |= zip(names, means.tolist())
         if self.phase:
             fields = {"phase": self.phase, **fields, "seconds": round(time.time() - self.begin, 2)}
         shown = (f"{k}:{v:.5g}" if isinstance(v, float) else f"{k}:{v}" for k, v in fields.items())
@@ -1125,10 +1204,11 @@ class Run:
 
     def compute_once(self, name, compute, kind=object):
         """compute(), plain data of that kind: computed once in a run's life and kept in its checkpoints."""
-        value = self.computed[name] = self.computed[name] if name in self.computed else compute()
-        if not isinstance(value, kind):
+        if name not in self.computed:
+            self.computed[name] = by_rank_0(compute)
+        if not isinstance(self.computed[name], kind):
             raise Fault(f"{self.folder}/last.pt does not fit this run: its {name} is no {kind.__name__}")
-        return value
+        return self.computed[name]
 
     def epochs(self, phase, **stateful):
         """Yields a phase's epochs, from 0, that are still to do; saves after each what is `stateful`."""
@@ -1149,12 +1229,16 @@ class Run:
             self.save(0, stateful)
         for epoch in range(first, count):
             self.begin, self.epoch, self.where = time.time(), epoch, f"{phase} {epoch + 1}/{count}: "
+            if world() > 1:                                      # noise is to differ between processes
+                torch.manual_seed(zlib.crc32(f"{self.args.seed} {phase} {epoch} {rank()}".encode()))
             yield epoch
             self.seconds[phase] = self.seconds.get(phase, 0) + time.time() - self.begin
             self.save(epoch + 1, stateful)
         self.phase, self.where = None, ""
 
     def save(self, epoch, stateful):
+        parts = nn.ModuleList(m for m in stateful.values() if isinstance(m, nn.Module)).modules()
+        average_([t for m in parts if isinstance(m, nn.BatchNorm2d) for t in (m.running_mean, m.running_var)])
         cuda = None if self.args.device == "cpu" else torch.cuda.get_rng_state(self.args.device)
         save_file(self.folder / "last.pt", dict(
             script=self.script, args=self.flags, phase=self.phase, epoch=epoch, computed=self.computed,
@@ -1174,6 +1258,7 @@ class Run:
         attack = dict(epsilon=args.epsilon, step_size=args.eval_step_size, num_steps=args.eval_steps,
                       seed=args.seed, eot=getattr(args, "eot", None) or 10)
         files = [self.folder / "dense.pt", self.folder / "model.pt"]
+        meet(dist.barrier)                                       # rank 0 has written them
         (artifact, dense), (_, compact) = map(read_model, files)
         models = [m.to(device, memory_format=torch.channels_last) for m in (dense, compact)]
         found = [evaluate(m, self.data.test, restarts=args.restarts, extra_metrics=extra_metrics, **attack)
@@ -1182,18 +1267,18 @@ class Run:
         size, macs = [file.stat().st_size for file in files], [count_macs(m, network) for m in models]
         count = [sum(p.numel() for p in m.parameters()) for m in models]
         seconds = self.seconds | {"final": time.time() - self.begin}
-        milliseconds = {f"batch_{b}": latency(models, network, b, device) for b in (1, 128)}
+        spent = by_rank_0(lambda: {f"batch_{b}": latency(models, network, b, device) for b in (1, 128)})
         self.result = dict(
             script=self.script, command=self.command, args=self.flags,
             versions=dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__),
-            device="cpu" if device == "cpu" else torch.cuda.get_device_name(device),
+            device="cpu" if device == "cpu" else torch.cuda.get_device_name(device), processes=world(),
             threads=torch.get_num_threads(), seconds={k: round(v, 1) for k, v in seconds.items()},
             train_images=len(self.data.train[1]), **found[1], flags=flags, dense=found[0],
             params_ratio=round(count[0] / count[1], 3), parameters=count[1], dense_parameters=count[0],
             nonzeros=sum(int(p.count_nonzero()) for p in compact.parameters()),
             bytes_ratio=round(size[0] / size[1], 3), bytes=size[1], dense_bytes=size[0],
             macs_ratio=round(macs[0] / macs[1], 3), macs=macs[1], dense_macs=macs[0],
-            latency_ms={b: dict(zip(("dense", "compact"), pair)) for b, pair in milliseconds.items()},
+            latency_ms={b: dict(zip(("dense", "compact"), pair)) for b, pair in spent.items()},
             memory_bytes=peak_memory(), **more,
             gpu_memory_bytes=None if device == "cpu" else torch.cuda.max_memory_allocated(device))
         shown = ("clean_acc", "robust_acc", "verified_acc", "images", "params_ratio", "bytes_ratio", "bytes",
@@ -1201,7 +1286,8 @@ class Run:
         self.log(**{k: self.result[k] for k in shown if k in self.result},
                  dense_clean_acc=found[0]["clean_acc"], dense_robust_acc=found[0]["robust_acc"],
                  flags="; ".join(flags) or "none")
-        (self.folder / "result.json.tmp").write_text(json.dumps(self.result, indent=1) + "\n")
-        os.replace(self.folder / "result.json.tmp", self.folder / "result.json")
+        if rank() == 0:
+            (self.folder / "result.json.tmp").write_text(json.dumps(self.result, indent=1) + "\n")
+            os.replace(self.folder / "result.json.tmp", self.folder / "result.json")
         Run.active = None
         return self.result

@@ -41,15 +41,16 @@ import copy
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
 from torch.nn.grad import conv2d_input
 
 from common import (Fault, Run, apply_masks_, autocast, build_network, channel_groups, cli, evaluating,
-                    interval, load_data, load_pretrained, make_optimizer, network_of, number, parameter_masks,
-                    per_cent, pgd, prepare, progress, ramp, rate, remove_filters_, resize_, resolve,
-                    save_model, script_parser, to_float, topk_mask, whole)
+                    interval, load_data, load_pretrained, make_optimizer, meet, network_of, number,
+                    parameter_masks, per_cent, pgd, prepare, progress, ramp, rank, rate, remove_filters_,
+                    resize_, resolve, save_model, script_parser, to_float, topk_mask, whole, world)
 
 OBJECTIVES = ("natural", "pgd", "trades", "crown-ibp", "mixtrain", "smooth")
 BOUNDED = ("crown-ibp", "mixtrain")
@@ -268,10 +269,12 @@ def verify(model, images, epsilon, robust):
     with evaluating(exact):
         for bound, among, size in ((cheap_margins, ~verified, size), (symbolic_margins, robust, 8)):
             left = (among & ~verified).nonzero()[:, 0]
-            for part in progress(left.split(size), "bounds", -(-len(left) // size)) if len(left) else ():
+            parts = left.split(size)[rank()::world()] if len(left) else ()           # this process's share
+            for part in progress(parts, "bounds", len(parts)):
                 x, y = to_float(images[0][part]).double(), images[1][part]
                 lower = bound(layers, interval_boxes(layers, x, epsilon), y).scatter(1, y[:, None], 1.0)
                 verified[part] = (lower > 0).all(1)
+            meet(dist.all_reduce, verified, dist.ReduceOp.MAX)
     if (verified & ~robust).any():
         raise Fault("an image that the bounds verify was misclassified: the bounds are not sound")
     accuracy = per_cent(verified)

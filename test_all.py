@@ -2160,3 +2160,139 @@ def test_results_hold_the_log_that_ends_in_their_result(folder, digits):
         assert common.evaluate(model, images, **SETTINGS)["robust_acc"] > 50
 
 
+# ---------------------------------------------------------------- several processes
+def begin(rank, count, port, work, *args):
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                       TORCHELASTIC_USE_AGENT_STORE="True")
+    common.join()
+    work(*args)
+
+
+def together(count, work, *args):
+    """work(*args) in processes that meet as torchrun's do, forked from one that only imported this file."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["test_all"])
+    torch.multiprocessing.start_processes(begin, (count, store.port, work, *args), count, start_method="forkserver")
+
+
+class Halves(nn.Module):
+    """A batch norm that takes every other image apart, with statistics of its own."""
+    def __init__(self, norm):
+        super().__init__()
+        self.norms = nn.ModuleList([norm, copy.deepcopy(norm)])
+        self.norms[1].weight, self.norms[1].bias = norm.weight, norm.bias
+
+    def forward(self, x):
+        return torch.stack([norm(x[i::2]) for i, norm in enumerate(self.norms)], 1).flatten(0, 1)
+
+
+def train(name, folder, norm):
+    """A run, without random starts, of LeNet; or with `norm`, of batch norms, of ResNet-18 in float64."""
+    script, phase = importlib.import_module(name), dict(hydra_prune="prune", binary_relax="relax").get(name, "admm")
+    size = "--ratio 1.2" if phase != "relax" else "--bits 2 --finetune-epochs 0"     # equal sums: rounding decides
+    more = "--arch lenet --width 4" if not norm else "--pretrain-epochs 1"
+    script.pgd = functools.partial(common.pgd, random_start=False)
+    common.Run.finish = lambda run, *judge, **more: more
+
+    def build(**network):
+        model = common.build_network(**network).double()
+        for name, m in [(name, m) for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]:
+            model.set_submodule(name, norm(m))
+        return model
+    if norm:
+        script.build_network, common.to_float = build, lambda images: images.double() / 255
+    flags = " ".join(TINY).replace("admm", phase).replace("--ratio 4", size)
+    script.main(f"{flags} {more} --amp off --output {folder}".split())
+    (folder / f"seed {torch.initial_seed()}").touch()
+
+
+@pytest.mark.parametrize("script, norms", [*((s, (None, None)) for s in SCRIPTS), (cstar, (Halves, copy.copy))])
+def test_two_processes_train_the_weights_of_one(tmp_path, script, norms):
+    """Batch norms have the statistics of their shares; what is saved is the mean."""
+    for count, norm in zip((1, 2), norms):
+        together(count, train, script.__name__, tmp_path / str(count), norm)
+    phases = 1 if norm else 2
+    for name, key in (("dense.pt", None), ("last.pt", "states"))[:phases]:
+        one, two = (common.read_file(tmp_path / n / name)["states"]["model"] if key else
+                    common.read_artifact(tmp_path / n / name)["state"] for n in "12")
+        for name, t in two.items():
+            parts = [v for k, v in one.items() if re.sub(r"norms\.\d\.", "", k) == name]
+            assert (t - sum(parts) / len(parts)).abs().max() < (1e-10 if norm else 1e-6)
+    logs = [[json.loads(line) for line in open(tmp_path / n / "log.jsonl")][1:1 + phases] for n in "12"]
+    assert all(two[key] == pytest.approx(one[key]) for one, two in zip(*logs) for key in one.keys() - {"seconds"})
+    assert len([*(tmp_path / "2").glob("seed*")]) == 2           # noise is each process's own
+
+
+def judge(folder):
+    """What a process finds of three networks, and how many images of the first it has attacked."""
+    attacked, pgd, attack = [], common.pgd, dict(epsilon=0.2, step_size=0.1, num_steps=3)
+    common.pgd = lambda model, x, *args, **more: attacked.append(len(x)) or pgd(model, x, *args, **more)
+    images = common.load_data(cstar.get_args(["--dataset", "digits", "--device", "cpu"])).test
+    model, few = common.load_model(SHIPPED / "model.pt"), [t[:60] for t in images]
+    noisy = Wrapped(model, lambda model, x: model(x + 0.01 * torch.randn_like(x)))
+    found = [sum(attacked), common.evaluate(model, images, **attack), sum(attacked)]
+    torch.manual_seed(0)
+    chain = common.build_network("cnn_small", 2, 1, 10, (8, 8))
+    found += [hydra_prune.verify(chain, few, 0.01, torch.ones(60) == 1), common.evaluate(noisy, few, **attack)]
+    (folder / f"{common.world()}{common.rank()}").write_text(json.dumps(found[1:]))
+
+
+def test_two_processes_find_the_accuracies_of_one_and_attack_no_image_twice(tmp_path):
+    for count in (1, 2):
+        together(count, judge, tmp_path)
+    one, *two = (json.loads((tmp_path / name).read_text()) for name in ("10", "20", "21"))
+    attacked = [found.pop(1) for found in (one, *two)]
+    assert attacked[0] == attacked[1] + attacked[2] > attacked[1] > 0 and one == two[0] == two[1]
+    assert 0 < one[0]["robust_acc"] < one[0]["clean_acc"] and 0 < one[1]["verified_acc"] < 100
+
+
+def stop_and_resume(folder, more):
+    finish, save, count = common.Run.finish, common.Run.save, itertools.count(1)
+    common.Run.finish = lambda run, *judge, **more: more
+    tiny(folder / "whole", *more)
+    common.Run.save = lambda run, *args: [save(run, *args), next(count) == 4 and sys.exit()]
+    with contextlib.suppress(SystemExit):
+        tiny(folder / "run", *more)
+    if common.rank() == 0:
+        shutil.copytree(folder / "run", folder / "one")
+    common.Run.save, common.Run.finish = save, finish
+    assert tiny(folder / "run", *more, "--resume")["processes"] == 2
+
+
+def test_two_processes_resume_bit_for_bit_and_one_goes_on_where_they_stopped(tmp_path, monkeypatch):
+    more = ["--train-images", "64"]
+    together(2, stop_and_resume, tmp_path, more)
+    assert (tmp_path / "whole/model.pt").read_bytes() == (tmp_path / "run/model.pt").read_bytes()
+    assert json.loads((tmp_path / "run/result.json").read_text())["processes"] == 2
+    unevaluated(monkeypatch)
+    tiny(tmp_path / "one", *more, "--resume")
+    logs = [open(tmp_path / name / "log.jsonl").readlines() for name in ("whole", "run", "one")]
+    assert [len(log) for log in logs] == [7, 8, 7] and logs[1][:3] == logs[2][:3]
+
+
+def refuse(folder):
+    sys.argv, sys.stderr = ["cstar.py"], open(folder / "errors", "a", buffering=1)
+    common.cli(lambda: cstar.main(["--dataset", "digits", "--batch-size", "31", "--output", str(folder / "run")]))
+
+
+def leave():
+    if common.rank():
+        os._exit(0)
+    with pytest.raises(common.Fault, match="out of reach"):
+        common.meet(torch.distributed.barrier)
+
+
+def test_two_processes_say_what_ended_them_once(tmp_path):
+    together(2, leave)
+    with pytest.raises(torch.multiprocessing.ProcessExitedException) as stop:
+        together(2, refuse, tmp_path)
+    assert stop.value.exit_code == 2 and os.listdir(tmp_path) == ["errors"]
+    assert re.fullmatch("cstar.py: argument --batch-size: 31 is not 2 .*\n", (tmp_path / "errors").read_text())
+    (tmp_path / "cstar.py").write_text(
+        f"import os, sys; sys.path[0] = {str(HERE)!r}; import common, cstar\n"
+        "if os.environ['RANK'] == '1': cstar.train_epoch = lambda *_, **more: os.kill(os.getpid(), 9)\n"
+        "common.cli(cstar.main)")
+    run = spawn("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "cstar.py", *TINY,
+                "--pretrain-epochs", "500", "--output", tmp_path / "run")
+    said, = re.findall("^cstar.py: (.*)", run.communicate(timeout=60)[1], re.M)
+    assert run.returncode == 1 and re.match("pretrain 1/500: another pro|stopped; .*torchrun --nproc.*--resume", said)
