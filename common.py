@@ -746,7 +746,7 @@ def pgd(model, x, y, epsilon, step_size, num_steps, *, loss="ce", random_start=T
     if start is None:
         noise = torch.rand(x.shape, generator=generator, device=x.device) if random_start else 0.5
         start = x + epsilon * (2 * noise - 1)
-    x_adv = torch.clamp(start, lower, upper)
+    x_adv = previous = torch.clamp(start, lower, upper)
     done, live = x_adv.clone(), torch.arange(len(x), device=x.device)
     finite = torch.ones((), dtype=torch.bool, device=x.device)
     with frozen(model), torch.enable_grad():

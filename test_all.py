@@ -1618,8 +1618,8 @@ def test_flags_do_something(whole, tmp_path, monkeypatch, script, flags):
     found = tiny(run, *base.split(), *more.split(), script=script)
     assert not same_weights(before / "model.pt", run / "model.pt")
     if script is cstar:
-        rhos = {"--admm-epochs": None, "--rho": 0.1, "--admm-lr": 75, "--momentum": 7.5}
-        rho = rhos.get(more.split()[0], 1.5)                     # 3 (1 - momentum) / (rate * 4 steps)
+        rhos = {"--admm-epochs": None, "--rho": 0.1, "--admm-lr": 75, "--momentum": 3.75}
+        rho = rhos.get(more.split()[0], 0.75)                    # 3 (1 - momentum) / (rate * 4 steps)
         assert found["rho"] == (rho and pytest.approx(rho))
     if script is binary_relax and "--ramp" in more:              # over all three phases
         strengths = [line["strength"] for line in log_of(run) if "strength" in line]
