@@ -56,7 +56,8 @@ BOUNDED = ("crown-ibp", "mixtrain")
 # Ours, for these: a network of plain layers, Adam's rate, more epochs for digits; the usual small radii.
 VERIFIABLE = dict(arch="cnn_small", width=16, lr=1e-3, batch_size=128, ramp_epochs=15)
 DIGITS = dict(batch_size=64, pretrain_epochs=60, prune_epochs=20, finetune_epochs=40, ramp_epochs=30)
-VERIFIABLE_RADIUS = {"digits": 0.02, "mnist": 0.1, "cifar10": 2 / 255, "cifar100": 2 / 255, "svhn": 2 / 255}
+VERIFIABLE_RADIUS = {"digits": 0.02, "mnist": 0.1, "cifar10": 2 / 255, "cifar100": 2 / 255, "svhn": 2 / 255,
+                     "imagenet": 2 / 255}
 
 
 def get_args(argv=None):
@@ -176,6 +177,10 @@ def plain_layers(model):
                         "padding, linear layers, ReLU and Flatten")
     if not isinstance(layers[-1], nn.Linear):
         raise Fault("no bounds are known for a network that does not end in a linear layer")
+    if hasattr(model, "mean"):                                       # the normalisation, as a layer
+        first = nn.Conv2d(len(model.mean), len(model.mean), 1, groups=len(model.mean)).to(model.mean)
+        first.weight.data, first.bias.data = 1 / model.std[:, None], (-model.mean / model.std).flatten()
+        layers = [first.requires_grad_(False), *layers]
     return layers
 
 

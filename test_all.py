@@ -2655,3 +2655,69 @@ def test_every_script_ships_a_network(script):
     shipped = [json.loads(path.with_name("result.json").read_text())["script"]
                for path in (HERE / "results").glob("*/model.pt")]
     assert script.__name__ in shipped
+
+
+# ---------------------------------------------------------------- photos, and networks that others trained
+@pytest.fixture
+def zoo(tmp_path, monkeypatch):
+    """Flags of a set of 16 + 4 photos of different sizes in two classes, cut to 32x32, and its folder."""
+    io, generator = pytest.importorskip("torchvision.io"), torch.Generator().manual_seed(0)
+    monkeypatch.setattr(common, "PHOTO", 32)
+    for split, label, i in [*itertools.product(["train"], range(2), range(8)), *itertools.product(["val"], range(2), range(2))]:
+        folder, shape = tmp_path / "zoo" / split / f"class{label}", (1, 3, 5 + i, 9 - i)
+        folder.mkdir(parents=True, exist_ok=True)
+        image = F.interpolate(torch.rand(shape, generator=generator) / 2 + label / 3, (40 + 9 * i, 60 - 3 * i))
+        io.write_jpeg(image[0].mul(255).byte(), str(folder / f"{i}.jpg"))
+    return f"--dataset zoo --data-dir {tmp_path} --epsilon 4/255 --arch imagenet_resnet18 --device cpu".split()
+
+
+def test_photos_are_cut_by_seed_epoch_and_index_whatever_the_workers_and_the_batches(zoo, tmp_path):
+    from torchvision.io import decode_image
+    from torchvision.transforms import v2
+    data, other = (common.load_data(cstar.get_args([*zoo, "--workers", n])) for n in "13")
+    generators = [torch.Generator().manual_seed(5) for _ in range(2)]
+    epochs = [[torch.cat([x for x, _ in d.batches(4, g)]) for _ in range(2)] for d, g in zip((data, other), generators)]
+    assert all(map(torch.equal, *epochs)) and epochs[0][0].shape == (16, 3, 32, 32)
+    seen = [list(data.train[0].load(batches, "cpu", seed)) for batches, seed in (
+        ([[3, 7, 0], [5]], 1), ([[5, 0], [7]], 1), ([[5, 0]], 2))]
+    assert torch.equal(seen[0][0][[1, 2]], torch.stack([seen[1][1][0], seen[1][0][1]]))
+    assert torch.equal(seen[0][1][0], seen[1][0][0]) and not (seen[1][0] == seen[2][0]).flatten(1).all(1).any()
+    paths = [tmp_path / "zoo/val" / f"class{label}/{i}.jpg" for i in range(2) for label in range(2)]       # balanced
+    middle = v2.Compose([v2.Resize(36), v2.CenterCrop(32)])
+    assert torch.equal(data.test[0], torch.stack([middle(decode_image(str(p), "RGB")) for p in paths]))
+    assert data.test[1].tolist() == [0, 1, 0, 1] and data.train[1].bincount().tolist() == [8, 8]
+    x, y = next(data.batches(16, torch.Generator()))
+    assert ((x.mean((1, 2, 3)) > 0.42) == y.bool()).all()        # the labels are those of the photos
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("spoil", [lambda data: data[:len(data) // 2], lambda data: b"", lambda data: b"BM" + data])
+def test_photo_that_is_none_is_one_sentence_with_its_path(zoo, tmp_path, monkeypatch, split, spoil):
+    path = tmp_path / "zoo" / split / "class1/1.jpg"
+    path.write_bytes(spoil(path.read_bytes()))
+    argv = [*zoo, "--batch-size", "4", "--num-steps", "0", "--output", str(tmp_path / "run")]
+    status, errors = run_cli(cstar.main, argv, monkeypatch)
+    assert status == 1 and errors.count("\n") == 1 and f"{path} cannot be read" in errors, errors
+
+
+@every_script
+def test_photos_run_to_their_result_and_resume_bit_for_bit(zoo, tmp_path, monkeypatch, script):
+    save, more = common.Run.save, {cstar: ["--admm-epochs", "1"], admm_prune: ["--admm-epochs", "1"],
+                                   hydra_prune: ["--prune-epochs", "1"], binary_relax: ["--relax-epochs", "1"]}[script]
+    argv = [*zoo, *("--batch-size 8 --num-steps 1 --eval-steps 2 --restarts 1 --pretrain-epochs 1 --lr 0.01 "
+                    "--finetune-epochs 2 --amp off --workers 2").split(), *more]
+
+    def stopping(run, epoch, stateful):
+        save(run, epoch, stateful)
+        if (run.phase, epoch) == ("finetune", 1):
+            raise Stop
+    whole = script.main([*argv, "--output", str(tmp_path / "whole")])
+    monkeypatch.setattr(common.Run, "save", stopping)
+    with pytest.raises(Stop):
+        script.main([*argv, "--output", str(tmp_path / "run")])
+    monkeypatch.setattr(common.Run, "save", save)
+    unevaluated(monkeypatch)
+    script.main([*argv, "--output", str(tmp_path / "run"), "--resume"])
+    assert same_weights(tmp_path / "whole/model.pt", tmp_path / "run/model.pt") and whole["images"] == 4
+    assert whole["bytes_ratio"] > {cstar: 15, admm_prune: 7, hydra_prune: 7, binary_relax: 11}[script]
+    assert script is not cstar or whole["params_ratio"] >= 16
