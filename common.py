@@ -61,7 +61,8 @@ class UsageFault(Fault):
 
 
 def first_line(fault):
-    return str(fault).strip().partition("\n")[0] or type(fault).__name__
+    line = str(fault).strip().partition("\n")[0]
+    return re.sub(r"^.*\.cpp:\d+, ", "", line) or type(fault).__name__         # where torchvision raised it
 
 
 class Parser(argparse.ArgumentParser):
@@ -258,7 +259,7 @@ class Data:
         batches = order[:self.steps(batch_size) * batch_size].split(batch_size)
         if isinstance(images, Photos):
             seed = torch.randint(2**60, (), generator=generator, device=labels.device).item()
-            streamed = images.load([index.tolist() for index in batches], labels.device, seed)
+            streamed = images.load(batches, labels.device, seed)
         else:
             streamed = (augment(images[index], self.crop, self.flip, generator) for index in batches)
         for x, index in zip(streamed, batches):
@@ -284,21 +285,22 @@ class Photos:
                 if image.dtype != torch.uint8 or image.dim() != 3:
                     raise ValueError("it is not one image of 8 bits a channel")
             except (OSError, RuntimeError, ValueError) as fault:
-                return unreadable(self.files[i], fault)
+                return Fault(f"{os.fsdecode(self.files[i])} cannot be read as an image ({first_line(fault)})")
             torch.default_generator.manual_seed(zlib.crc32(f"{seed} {i}".encode()))
             images.append(crop(image))
         return torch.stack(images)
 
     def load(self, batches, device, seed=None):
-        """Yields the photos of each of these lists of indices, the next being on their way to the device:
+        """Yields the photos of each of these indices (B,), the next being on their way to the device:
         randomly cropped and flipped or, without a seed, their middles. `workers` processes decode."""
         from torchvision.transforms import v2
         crop = v2.Compose([v2.Resize(PHOTO * 256 // 224), v2.CenterCrop(PHOTO)] if seed is None else [
             v2.RandomResizedCrop(PHOTO), v2.RandomHorizontalFlip()])
         warnings.filterwarnings("ignore", "This DataLoader will create")         # more processes than cores
         ahead, loader = None, torch.utils.data.DataLoader(
-            range(len(self.files)), batch_sampler=batches, num_workers=self.workers,
-            collate_fn=functools.partial(self.decode, crop=crop, seed=seed), pin_memory=str(device) != "cpu")
+            range(len(self.files)), batch_sampler=[index.tolist() for index in batches],
+            collate_fn=functools.partial(self.decode, crop=crop, seed=seed),
+            num_workers=self.workers, pin_memory=str(device) != "cpu")
         for images in loader:
             if isinstance(images, Fault):
                 raise images
@@ -366,8 +368,8 @@ def load_data(args):
         if not isinstance(images, Photos):
             images = torch.from_numpy(images).to(args.device)
         elif flag == "--eval-images":
-            parts = [part.tolist() for part in torch.arange(len(labels)).split(50)]
-            images = torch.cat([*progress(images.load(parts, args.device), "decoding", len(parts))])
+            batches = torch.arange(len(labels)).split(50)
+            images = torch.cat([*progress(images.load(batches, args.device), "decoding", len(batches))])
         pairs.append((images, torch.from_numpy(labels.astype(np.int64)).to(args.device)))
     return Data(*pairs, classes, **AUGMENTATION.get(name, dict(crop=4, flip=True)))
 
@@ -422,11 +424,6 @@ def read_folders(root, workers, photos):
     return (train, pairs[0][1]), (test[order], pairs[1][1][order]), names[0]
 
 
-def unreadable(path, fault):
-    reason = re.sub(r".*\.cpp:\d+, ", "", first_line(fault))    # where in torchvision it was raised
-    return Fault(f"{os.fsdecode(path)} cannot be read as an image ({reason})")
-
-
 def read_images(splits, workers):
     """uint8 (N, C, H, W) of each of these lists of files, images of one size and any type that Pillow reads;
     grey ones stay so if all are. What is no image is a Fault."""
@@ -442,7 +439,7 @@ def read_images(splits, workers):
                     raise ValueError(f"its mode is {image.mode}, not 8 bits a channel")
                 return np.asarray(image.convert("RGB")), image.mode in ("L", "1")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as fault:
-            raise unreadable(path, fault) from None
+            raise Fault(f"{os.fsdecode(path)} cannot be read as an image ({first_line(fault)})") from None
     files = np.concatenate(splits)
     with ThreadPoolExecutor(workers) as pool:
         images, grey = zip(*pool.map(read, files))
@@ -1144,25 +1141,21 @@ def published_state(content, wanted, where):
     """The state dict in what others saved, with the names of `wanted`, a network's: it may be wrapped or
     prefixed, of kuangliu's names or torchvision's. UsageFault on the first tensor that does not fit."""
     def canonical(name):
+        name = re.sub(r"^((module|model)\.)+", "", name)
         return name.replace("shortcut.", "downsample.").replace("linear.", "fc.")
     for key in ("state_dict", "model_state_dict", "net", "model"):
         inner = content.get(key) if isinstance(content, dict) else None
         content = inner if isinstance(inner, dict) else content
-    content = content.items() if isinstance(content, dict) else ()
-    tensors = {str(k): t for k, t in content if torch.is_tensor(t)}
-    names = {canonical(name) for name in wanted}
-    prefix = max(("", "module.", "model.", "module.model.", "model.module."), key=lambda p: len(
-        names & {canonical(k[len(p):]) for k in tensors if k.startswith(p)}))
-    found, state = {canonical(k[len(prefix):]): t for k, t in tensors.items() if k.startswith(prefix)}, {}
+    content, state = content.items() if isinstance(content, dict) else (), {}
+    found = {canonical(str(key)): t for key, t in content if torch.is_tensor(t)}
     for name, like in wanted.items():
         state[name] = t = found.pop(canonical(name), like if name.endswith("num_batches_tracked") else None)
         shape = "missing" if t is None else tuple(t.shape) if t.isfinite().all() else "not finite"
         if shape != tuple(like.shape):
-            raise UsageFault(f"{where}: its {prefix}{name} is {shape}, wanted: {tuple(like.shape)}")
-    if found:
-        raise UsageFault(f"{where}: its {prefix}{min(found)} has no place in the network")
-    others = [k for k in tensors if not k.startswith(prefix)]
-    print(f"{len(others)} tensors were left out, such as {others[-1:]}\n" * bool(others), end="")
+            raise UsageFault(f"{where}: its {name} is {shape}, wanted: {tuple(like.shape)}")
+    for name in found:                                           # those of MadryLab's wrapper are duplicates
+        if not name.startswith(("attacker.", "normalizer.")):
+            raise UsageFault(f"{where}: its {name} has no place in the network")
     return state
 
 

@@ -2678,7 +2678,7 @@ def test_photos_are_cut_by_seed_epoch_and_index_whatever_the_workers_and_the_bat
     generators = [torch.Generator().manual_seed(5) for _ in range(2)]
     epochs = [[torch.cat([x for x, _ in d.batches(4, g)]) for _ in range(2)] for d, g in zip((data, other), generators)]
     assert all(map(torch.equal, *epochs)) and epochs[0][0].shape == (16, 3, 32, 32)
-    seen = [list(data.train[0].load(batches, "cpu", seed)) for batches, seed in (
+    seen = [list(data.train[0].load(map(torch.tensor, batches), "cpu", seed)) for batches, seed in (
         ([[3, 7, 0], [5]], 1), ([[5, 0], [7]], 1), ([[5, 0]], 2))]
     assert torch.equal(seen[0][0][[1, 2]], torch.stack([seen[1][1][0], seen[1][0][1]]))
     assert torch.equal(seen[0][1][0], seen[1][0][0]) and not (seen[1][0] == seen[2][0]).flatten(1).all(1).any()
