@@ -368,8 +368,11 @@ def load_data(args):
         if not isinstance(images, Photos):
             images = torch.from_numpy(images).to(args.device)
         elif flag == "--eval-images":
-            batches = torch.arange(len(labels)).split(50)
-            images = torch.cat([*progress(images.load(batches, args.device), "decoding", len(batches))])
+            photos, batches = images, torch.arange(len(labels)).split(50)
+            images = torch.empty(photos.shape, dtype=torch.uint8, device=args.device)
+            loaded = progress(photos.load(batches, args.device), "decoding", len(batches))
+            for place, x in zip(images.split(50), loaded):
+                place.copy_(x)
         pairs.append((images, torch.from_numpy(labels.astype(np.int64)).to(args.device)))
     return Data(*pairs, classes, **AUGMENTATION.get(name, dict(crop=4, flip=True)))
 
