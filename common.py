@@ -244,7 +244,8 @@ TORCHVISION = {"mnist": ("MNIST", "MNIST/raw"), "cifar10": ("CIFAR10", "cifar-10
 
 class Data:
     """A data set on the device: (uint8 images (N, C, H, W), labels (N,)) to train and to test on, and class
-    names. A training batch is shuffled, cropped (after zero padding by `crop` pixels) and flipped there."""
+    names. A training batch is shuffled, cropped (after zero padding by `crop` pixels) and flipped there; the
+    images to train on may be Photos, which arrive cropped and flipped."""
     def __init__(self, train, test, classes, crop=0, flip=False):
         self.train, self.test, self.classes, self.crop, self.flip = train, test, classes, crop, flip
 
@@ -259,10 +260,10 @@ class Data:
         batches = order[:self.steps(batch_size) * batch_size].split(batch_size)
         if isinstance(images, Photos):
             seed = torch.randint(2**60, (), generator=generator, device=labels.device).item()
-            streamed = images.load(batches, labels.device, seed)
+            cut = images.load(batches, labels.device, seed)
         else:
-            streamed = (augment(images[index], self.crop, self.flip, generator) for index in batches)
-        for x, index in zip(streamed, batches):
+            cut = (augment(images[index], self.crop, self.flip, generator) for index in batches)
+        for x, index in zip(cut, batches):
             yield to_float(x), labels[index]
 
 
@@ -1049,7 +1050,7 @@ def read_file(path, own=True, **kinds):
         raise Fault(f"there is no file {path}") from None
     except Exception as fault:                                   # unpickling can raise anything
         reason = first_line(fault) if type(fault) is ValueError else type(fault).__name__
-        what = "not a file of these scripts" if own else "more than tensors and values, which could run code"
+        what = "not a file of these scripts" if own else "holds more than tensors, which could run code"
         raise Fault(f"{path} is damaged or {what} ({reason})") from None
 
 
@@ -1146,11 +1147,10 @@ def published_state(content, wanted, where):
     def canonical(name):
         name = re.sub(r"^((module|model)\.)+", "", name)
         return name.replace("shortcut.", "downsample.").replace("linear.", "fc.")
+    content, state = content if isinstance(content, dict) else {}, {}
     for key in ("state_dict", "model_state_dict", "net", "model"):
-        inner = content.get(key) if isinstance(content, dict) else None
-        content = inner if isinstance(inner, dict) else content
-    content, state = content.items() if isinstance(content, dict) else (), {}
-    found = {canonical(str(key)): t for key, t in content if torch.is_tensor(t)}
+        content = content[key] if isinstance(content.get(key), dict) else content
+    found = {canonical(str(key)): t for key, t in content.items() if torch.is_tensor(t)}
     for name, like in wanted.items():
         state[name] = t = found.pop(canonical(name), like if name.endswith("num_batches_tracked") else None)
         shape = "missing" if t is None else tuple(t.shape) if t.isfinite().all() else "not finite"
