@@ -75,9 +75,9 @@ def get_args(argv=None):
         parser.error(f"argument --pretrained: not with --mode {args.mode}, which trains from initial weights")
     if (args.mode == "ticket") != bool(args.ticket):
         parser.error("argument --ticket: a ticket.pt goes with --mode ticket, and with no other")
-    if args.group_residual and (args.scheme != "filter" or args.arch not in ("resnet18", "wrn28_4")
+    if args.group_residual and (args.scheme != "filter" or "res" not in args.arch and args.arch != "wrn28_4"
                                 or args.mode in ("scratch", "ticket")):
-        parser.error("argument --group-residual: is for pruning filters of resnet18 and wrn28_4")
+        parser.error("argument --group-residual: is for pruning filters of resnets and wrn28_4")
     if not phases_of(args)["admm"]:
         parser.refuse(args, "without ADMM epochs", "rho", "rho_growth", "rho_max", "admm_lr", "admm_interval")
     if (args.rho_growth or 1) == 1:

@@ -49,14 +49,15 @@ import torch.nn.functional as F
 
 from common import (CIFAR, RECIPES, Fault, Run, UsageFault, WideBlock, autocast, build_network,
                     channel_groups, cli, conv3x3, evaluate, load_data, load_pretrained, make_optimizer,
-                    network_of, number, per_cent, pgd, prepare, ramp, rate, resize_, resolve, save_model,
-                    script_parser, whole, without_channels)
+                    network_of, normalised, number, per_cent, pgd, prepare, ramp, rate, resize_, resolve,
+                    save_model, script_parser, whole, without_channels)
 
 
 def get_args(argv=None):
     def adapt(recipe):                                               # the authors switch at 120 of 200 epochs
         epochs = recipe["compress_epochs"] + recipe["finetune_epochs"]
-        return dict(arch="enresnet", width=max(8, recipe["width"]), compress_epochs=round(0.6 * epochs),
+        arch = recipe["arch"] if recipe["arch"].startswith("imagenet") else "enresnet"
+        return dict(arch=arch, width=max(8, recipe["width"]), compress_epochs=round(0.6 * epochs),
                     finetune_epochs=epochs - round(0.6 * epochs))
     parser = script_parser(__doc__, __file__, "relax_epochs", ["enresnet"], adapt)
     parser.set_defaults(eval_steps=None)                             # with noise fewer: see below
@@ -72,7 +73,7 @@ def get_args(argv=None):
     paper.add_argument("--members", type=whole(1, 100), help="networks in an enresnet (default: 1)")
     paper.add_argument("--noise", type=number(0, 10), help="a of an enresnet (default: 0.1)")
     args = parser.parse_args(argv)
-    ensemble = args.arch in (None, "enresnet")
+    ensemble = args.arch in (None, "enresnet") and (args.arch, args.dataset) != (None, "imagenet")
     resolve(parser, args, longest_ramp=lambda args: 0 if args.pretrained else (
         args.pretrain_epochs + args.relax_epochs + args.finetune_epochs),
         **({} if ensemble else dict(width=RECIPES.get(args.dataset, CIFAR)["width"])))
@@ -155,13 +156,13 @@ class EnResNet(nn.Module):
         return torch.stack([member(x) for member in self.members]).mean(0)
 
 
-def make_network(arch, size, **network):
+def make_network(arch, size, mean=None, std=None, **network):
     """An EnResNet, or a network of common.py."""
     if arch != "enresnet":
-        return build_network(arch, size=size, **network)
+        return build_network(arch, size=size, mean=mean, std=std, **network)
     if min(size) < 4:
         raise UsageFault(f"argument --arch: enresnet is too deep for {size[0]}x{size[1]}; its least is 4")
-    return EnResNet(**network)
+    return normalised(EnResNet(**network), mean, std)
 
 
 def build(artifact):
@@ -176,11 +177,11 @@ def build(artifact):
 # ---------------------------------------------------------------- the method
 
 def quantisable(model):
-    """{name: weight} of all convolutions but the 1x1 shortcuts, and of hidden linear layers."""
+    """{name: weight} of all convolutions but those in shortcuts, and of hidden linear layers."""
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     classifiers = [m.fc for m in model.members] if isinstance(model, EnResNet) else [layers[-1][1]]
     return {f"{name}.weight": m.weight for name, m in layers
-            if m not in classifiers and getattr(m, "kernel_size", None) != (1, 1)}
+            if m not in classifiers and not {"shortcut", "downsample"} & set(name.split("."))}
 
 
 def project(v, bits):

@@ -10,11 +10,13 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
 import sys
 import time
+import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -40,9 +42,12 @@ RECIPES = {
                            compress_epochs=6, finetune_epochs=10),
     "mnist": CIFAR | dict(arch="lenet", width=4, batch_size=128, lr=0.05, epsilon=0.3, step_size=0.01,
                           num_steps=40, ramp_epochs=10),
-    "cifar10": CIFAR, "cifar100": CIFAR, "svhn": CIFAR | dict(lr=0.1)}
+    "cifar10": CIFAR, "cifar100": CIFAR, "svhn": CIFAR | dict(lr=0.1),
+    "imagenet": CIFAR | dict(arch="imagenet_resnet18", lr=0.1, weight_decay=1e-4, epsilon=4 / 255,
+                             num_steps=3)}
 AUGMENTATION = {"digits": dict(), "mnist": dict(), "svhn": dict(crop=4)}      # others: crop=4, flip=True
 FORMAT = 2                                                       # of all files; 1 had other bit maps
+PHOTO = 224                                                      # pixels a side that networks get of photos
 CLEAR = "\r\033[K"                                               # takes progress() off the terminal's line
 LAUNCHER = ["python"] if not dist.is_torchelastic_launched() else [
     "torchrun", f"--nproc_per_node={os.environ['WORLD_SIZE']}"]
@@ -60,7 +65,8 @@ class UsageFault(Fault):
 
 
 def first_line(fault):
-    return str(fault).strip().partition("\n")[0] or type(fault).__name__
+    line = str(fault).strip().partition("\n")[0]
+    return re.sub(r"^.*\.cpp:\d+, ", "", line) or type(fault).__name__         # where torchvision raised it
 
 
 class Parser(argparse.ArgumentParser):
@@ -107,9 +113,10 @@ def script_parser(doc, script, phase, networks=(), adapt=lambda recipe: {}):
                     epilog="\n".join(["defaults of each data set:", *lines]).replace("_", "-"))
     parser.recipes = recipes
     run = parser.add_argument_group("run")
-    run.add_argument("--dataset", default="cifar10", help="digits, mnist, cifar10, cifar100, svhn, a folder")
+    run.add_argument("--dataset", default="cifar10", help=f"{', '.join(RECIPES)} or a folder")
     run.add_argument("--data-dir", default="data", help="where data sets are looked for and downloaded to")
-    run.add_argument("--workers", type=whole(1, 256), default=8, help="threads that decode class folders")
+    run.add_argument("--workers", type=whole(1, 256), default=min(8, os.cpu_count() or 1),
+                     help="threads that decode images; for photos, processes")
     run.add_argument("--train-images", type=whole(0), default=0, help="balanced subset to train on; 0 is all")
     run.add_argument("--eval-images", type=whole(0), help="the same of the test set (default: 1000 on a CPU)")
     run.add_argument("--arch", choices=(*networks, *NETWORKS))
@@ -118,7 +125,9 @@ def script_parser(doc, script, phase, networks=(), adapt=lambda recipe: {}):
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     run.add_argument("--output", help="the run's folder (default: runs/ and a name made of the flags)")
     run.add_argument("--resume", action="store_true", help="continue the run in --output")
-    run.add_argument("--pretrained", help="a dense.pt to start from; skips pre-training")
+    run.add_argument("--pretrained", help="a dense.pt or published state dict; skips pre-training")
+    run.add_argument("--mean", type=number(0, 1), nargs="+", help="put (x - mean) / std into the network")
+    run.add_argument("--std", type=number(1e-3, 10), nargs="+", help="with --mean, one number a channel")
     train = parser.add_argument_group("training")
     train.add_argument("--pretrain-epochs", type=whole(0, 10000))
     train.add_argument("--finetune-epochs", type=whole(0, 10000))
@@ -227,9 +236,9 @@ def cli(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except (MemoryError, RuntimeError) as fault:
-        if isinstance(fault, RuntimeError) and "allocate" not in str(fault):     # on a CPU, and on a GPU
-            raise
-        status, message = 1, "out of memory; a smaller --batch-size or --width needs less"
+        if isinstance(fault, RuntimeError) and not re.search("allocate|DataLoader worker", str(fault)):
+            raise                                                    # on a CPU, on a GPU, or killed for it
+        status, message = 1, "out of memory; a smaller --batch-size or --width, or fewer --workers, need less"
     except (Fault, OSError) as fault:
         status, message = getattr(fault, "status", 1), f"{Run.active.where if Run.active else ''}{fault}"
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -298,7 +307,8 @@ TORCHVISION = {"mnist": ("MNIST", "MNIST/raw"), "cifar10": ("CIFAR10", "cifar-10
 
 class Data:
     """A data set on the device: (uint8 images (N, C, H, W), labels (N,)) to train and to test on, and class
-    names. A training batch is shuffled, cropped (after zero padding by `crop` pixels) and flipped there."""
+    names. A training batch is shuffled, cropped (after zero padding by `crop` pixels) and flipped there; the
+    images to train on may be Photos, which arrive cropped and flipped."""
     def __init__(self, train, test, classes, crop=0, flip=False):
         self.train, self.test, self.classes, self.crop, self.flip = train, test, classes, crop, flip
 
@@ -310,9 +320,62 @@ class Data:
         """Yields (x float (B, C, H, W) in [0, 1], y (B,)), one epoch in an order drawn from `generator`."""
         images, labels = self.train
         order = torch.randperm(len(labels), generator=generator, device=labels.device)
-        for index in order[:self.steps(batch_size) * batch_size].split(batch_size):
-            own = slice(rank(), len(index) // world() * world(), world())            # this process's share
-            yield to_float(augment(images[index], self.crop, self.flip, generator)[own]), labels[index][own]
+
+        def own(batch):                                              # this process's share
+            return batch[rank():len(batch) // world() * world():world()]
+        batches = order[:self.steps(batch_size) * batch_size].split(batch_size)
+        shares = [own(index) for index in batches]
+        if isinstance(images, Photos):
+            seed = torch.randint(2**60, (), generator=generator, device=labels.device).item()
+            cut = images.load(shares, labels.device, seed)
+        else:
+            cut = (own(augment(images[index], self.crop, self.flip, generator)) for index in batches)
+        for x, index in zip(cut, shares):
+            yield to_float(x), labels[index]
+
+
+class Photos:
+    """Image files of any size as if they were uint8 (N, 3, PHOTO, PHOTO): decoded when they are asked for."""
+    def __init__(self, files, workers):
+        self.files, self.workers, self.shape = files, workers, (len(files), 3, PHOTO, PHOTO)
+
+    def __getitem__(self, chosen):
+        return Photos(self.files[chosen], self.workers)
+
+    def decode(self, indices, crop, seed):
+        """Those, uint8 (B, 3, PHOTO, PHOTO), cut by random numbers of seed and index alone. A Fault is
+        returned: raised in a process of its own, it would come with a traceback."""
+        from torchvision.io import decode_image
+        images = []
+        for i in indices:
+            try:
+                image = decode_image(torch.from_numpy(np.fromfile(self.files[i], np.uint8)), "RGB")
+                if image.dtype != torch.uint8 or image.dim() != 3:
+                    raise ValueError("it is not one image of 8 bits a channel")
+            except (OSError, RuntimeError, ValueError) as fault:
+                return Fault(f"{os.fsdecode(self.files[i])} cannot be read as an image ({first_line(fault)})")
+            torch.default_generator.manual_seed(zlib.crc32(f"{seed} {i}".encode()))
+            images.append(crop(image))
+        return torch.stack(images)
+
+    def load(self, batches, device, seed=None):
+        """Yields the photos of each of these indices (B,), the next being on their way to the device:
+        randomly cropped and flipped or, without a seed, their middles. `workers` processes decode."""
+        from torchvision.transforms import v2
+        crop = v2.Compose([v2.Resize(PHOTO * 256 // 224), v2.CenterCrop(PHOTO)] if seed is None else [
+            v2.RandomResizedCrop(PHOTO), v2.RandomHorizontalFlip()])
+        warnings.filterwarnings("ignore", "This DataLoader will create")         # more processes than cores
+        ahead, loader = None, torch.utils.data.DataLoader(
+            range(len(self.files)), batch_sampler=[index.tolist() for index in batches],
+            collate_fn=functools.partial(self.decode, crop=crop, seed=seed),
+            num_workers=self.workers, pin_memory=str(device) != "cpu")
+        for images in loader:
+            if isinstance(images, Fault):
+                raise images
+            ready, ahead = ahead, images.to(device, non_blocking=True)
+            if ready is not None:
+                yield ready
+        yield ahead
 
 
 def to_float(images):
@@ -345,7 +408,8 @@ def balanced(labels, count=None):
 def load_data(args):
     """The data set that the flags name, as Data on args.device; nothing is substituted silently. It is looked
     for in args.data_dir as torchvision lays it out, then as class folders NAME/{train,test}/<class>/*; a
-    known set that is absent is downloaded by torchvision. digits lies beside this file."""
+    known set that is absent is downloaded by torchvision. digits lies beside this file. NAME/{train,val} are
+    photos of any size: streamed to train on, decoded here to test on."""
     name, root = args.dataset, Path(args.data_dir)
     folders = (root / name / "train").is_dir()
     if name == "digits":
@@ -353,7 +417,7 @@ def load_data(args):
     elif folders:                                                # which a failed download must not hide
         stored = name in TORCHVISION and (root / TORCHVISION[name][1]).exists()
         found = stored and read_torchvision(name, root, download=False)
-        found = found or by_rank_0(lambda: read_folders(root / name, args.workers))
+        found = found or read_folders(root / name, args.workers, name not in TORCHVISION)
     elif name in TORCHVISION:
         found = by_rank_0(lambda: read_torchvision(name, root, download=True))
     else:
@@ -369,7 +433,15 @@ def load_data(args):
         if 0 < count < len(labels):
             chosen = balanced(labels, count)
             images, labels = images[chosen], labels[chosen]
-        pairs.append(tuple(torch.from_numpy(a).to(args.device) for a in (images, labels.astype(np.int64))))
+        if not isinstance(images, Photos):
+            images = torch.from_numpy(images).to(args.device)
+        elif flag == "--eval-images":
+            photos, batches = images, torch.arange(len(labels)).split(50)
+            images = torch.empty(photos.shape, dtype=torch.uint8, device=args.device)
+            loaded = progress(photos.load(batches, args.device), "decoding", len(batches))
+            for place, x in zip(images.split(50), loaded):
+                place.copy_(x)
+        pairs.append((images, torch.from_numpy(labels.astype(np.int64)).to(args.device)))
     return Data(*pairs, classes, **AUGMENTATION.get(name, dict(crop=4, flip=True)))
 
 
@@ -400,47 +472,55 @@ def read_torchvision(name, root, download):
     return *pairs, getattr(splits[0], "classes", [str(d) for d in range(10)])
 
 
-def read_folders(root, workers):
-    """Class folders ROOT/{train,test}/<class>/*, images of one size and any type that Pillow reads; grey ones
-    stay so if all are. Only dot files and Thumbs.db are passed over: what else is no image is a Fault."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise Fault(f"the class folders in {root} need Pillow: pip install pillow") from None
-
+def read_folders(root, workers, photos):
+    """Class folders ROOT/{train,test}/<class>/* of images of one size or, if they may be, ROOT/{train,val}/
+    <class>/* of photos. Only dot files and Thumbs.db are passed over."""
     def entries(folder):
-        return sorted(e for e in folder.iterdir() if e.name[0] != "." and e.name != "Thumbs.db")
-
-    def read(path):
-        try:
-            with Image.open(path) as image:
-                if image.mode[0] in "IF":
-                    raise ValueError(f"its mode is {image.mode}, not 8 bits a channel")
-                return np.asarray(image.convert("RGB")), image.mode in ("L", "1")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as fault:
-            raise Fault(f"{path} cannot be read as an image ({first_line(fault)})") from None
-    pairs, names, all_grey = [], [], True
-    for split in (root / "train", root / "test"):
-        names.append([e.name for e in entries(split) if e.is_dir()] if split.is_dir() else [])
+        return sorted(e for e in os.listdir(folder) if e[0] != "." and e != "Thumbs.db")
+    photos = photos and (root / "val").is_dir() and not (root / "test").is_dir()
+    pairs, names = [], []
+    for split in (root / "train", root / ("val" if photos else "test")):
+        names.append([e for e in entries(split) if (split / e).is_dir()] if split.is_dir() else [])
         odd = sorted(set(names[0]) ^ set(names[-1]))
         if odd or len(names[0]) < 2:
             raise Fault(f"{split} has {len(names[-1])} class folders; wanted: two or more, those of train "
                         f"(differing: {', '.join(odd[:5]) or 'none'}{', ...' * (len(odd) > 5)})")
-        paths = [entries(split / name) for name in names[0]]
-        if [] in paths:
-            raise Fault(f"{split / names[0][paths.index([])]} holds no images")
-        labels, paths = np.repeat(range(len(paths)), list(map(len, paths))), sum(paths, [])
-        with ThreadPoolExecutor(workers) as pool:
-            images, grey = zip(*pool.map(read, paths))
-        size, all_grey = (pairs[0][0] if pairs else images)[0].shape, all_grey and all(grey)
-        for path, image in zip(paths, images):
-            if image.shape != size:
-                raise Fault(f"{path} has {image.shape[1]}x{image.shape[0]} pixels, the first image "
-                            f"{size[1]}x{size[0]}: all must have one size")
-        pairs.append((np.stack(images), labels))
-    pairs = [(np.ascontiguousarray(x[..., :1 if all_grey else 3].transpose(0, 3, 1, 2)), y) for x, y in pairs]
+        files = [[os.fsencode(f"{split / name}/{e}") for e in entries(split / name)] for name in names[0]]
+        if [] in files:
+            raise Fault(f"{split / names[0][files.index([])]} holds no images")
+        pairs.append((np.array([*itertools.chain(*files)]), np.repeat(range(len(files)), [*map(len, files)])))
+    train, test = ([Photos(files, workers) for files, _ in pairs] if photos else
+                   read_images([files for files, _ in pairs], workers))
     order = balanced(pairs[1][1])                                # sorted by class till now
-    return pairs[0], tuple(a[order] for a in pairs[1]), names[0]
+    return (train, pairs[0][1]), (test[order], pairs[1][1][order]), names[0]
+
+
+def read_images(splits, workers):
+    """uint8 (N, C, H, W) of each of these lists of files, images of one size and any type that Pillow reads;
+    grey ones stay so if all are. What is no image is a Fault."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise Fault("class folders of images of one size need Pillow: pip install pillow") from None
+
+    def read(path):
+        try:
+            with Image.open(os.fsdecode(path)) as image:
+                if image.mode[0] in "IF":
+                    raise ValueError(f"its mode is {image.mode}, not 8 bits a channel")
+                return np.asarray(image.convert("RGB")), image.mode in ("L", "1")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as fault:
+            raise Fault(f"{os.fsdecode(path)} cannot be read as an image ({first_line(fault)})") from None
+    files = np.concatenate(splits)
+    with ThreadPoolExecutor(workers) as pool:
+        images, grey = zip(*pool.map(read, files))
+    size = images[0].shape
+    for path, image in zip(files, images):
+        if image.shape != size:
+            raise Fault(f"{os.fsdecode(path)} has {image.shape[1]}x{image.shape[0]} pixels, the first image "
+                        f"{size[1]}x{size[0]}: all must have one size")
+    images = np.stack(images)[..., :1 if all(grey) else 3].transpose(0, 3, 1, 2)
+    return np.split(np.ascontiguousarray(images), [len(splits[0])])
 
 
 # ---------------------------------------------------------------- networks
@@ -549,24 +629,49 @@ def lenet(width, channels, classes, size):
     return CNN(width, channels, classes, size, convs, linear, padding, pool=2)
 
 
+def torchvision_network(name, width, channels, classes, size):
+    """torchvision's own network for photos, with its layer names."""
+    from torchvision import models
+    return getattr(models, name)(num_classes=classes)
+
+
 NETWORKS = {"resnet18": ResNet18, "vgg16": VGG16, "wrn28_4": WRN28_4, "lenet": lenet,         # cnn_*: HYDRA's
             "cnn_small": functools.partial(CNN, convs=((16, 4, 2), (32, 4, 2)), linear=(100,)),
             "cnn_large": functools.partial(CNN, convs=((32, 3, 1), (32, 4, 2), (64, 3, 1), (64, 4, 2)),
-                                           linear=(512, 512))}
+                                           linear=(512, 512)),
+            **{f"imagenet_{name}": functools.partial(torchvision_network, name) for name in (
+                "resnet18", "resnet50")}}
 
 
-def build_network(arch, width, channels, classes, size):
-    """A network of NETWORKS for images (channels, *size), width 16 being standard; UsageFault if too deep."""
+def build_network(arch, width, channels, classes, size, mean=None, std=None):
+    """A network of NETWORKS for images (channels, *size), width 16 being standard; UsageFault if too deep.
+    Given mean and std, one number a channel, it begins with (x - mean) / std; torchvision's always do."""
+    if arch.startswith("imagenet_"):
+        if (channels, width) != (3, 16):
+            raise UsageFault(f"argument --arch: {arch} is for colour images and has --width 16")
+        mean, std = mean or (0.485, 0.456, 0.406), std or (0.229, 0.224, 0.225)
     least = {"resnet18": 8, "vgg16": 32, "lenet": 4 if channels == 1 else 16}.get(arch, 4)
     if min(size) < least:
         raise UsageFault(f"argument --arch: {arch} is too deep for {size[0]}x{size[1]}; its least is {least}")
-    return NETWORKS[arch](width, channels, classes, size)
+    return normalised(NETWORKS[arch](width, channels, classes, size), mean, std)
+
+
+def normalised(model, mean, std):
+    """The model, which is from now on given (x - mean) / std, unless mean is None; its state dict stays."""
+    if mean:
+        for name, values in dict(mean=mean, std=std).items():
+            model.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
+        model.register_forward_pre_hook(lambda model, inputs: ((inputs[0] - model.mean) / model.std,))
+    return model
 
 
 def network_of(args, data):
     """The arguments of build_network, which are stored in every saved network."""
     _, channels, *size = data.train[0].shape
-    return dict(arch=args.arch, width=args.width, channels=channels, classes=len(data.classes), size=size)
+    network = dict(arch=args.arch, width=args.width, channels=channels, classes=len(data.classes), size=size)
+    if (args.mean or args.std) and not len(args.mean or ()) == len(args.std or ()) == channels:
+        raise UsageFault(f"argument --mean: it and --std want {channels} numbers each, one a channel")
+    return network | (dict(mean=args.mean, std=args.std) if args.mean else {})
 
 
 def channel_groups(model):
@@ -841,7 +946,8 @@ def checked(model, images):
 
 def batched(images, labels, *more, label="evaluation"):
     """Yields (x float, y, ...) in batches; what comes after y are views that may be written to."""
-    size = 1000 if images.device.type == "cuda" else 250
+    most, numbers = (1000, 2**24) if images.device.type == "cuda" else (250, 2**22)
+    size = min(most, max(1, numbers // images[0].numel()))           # of photos fewer: they fill the memory
     batches = list(zip(images.split(size), labels.split(size), *(m.split(size) for m in more)))
     for x, *rest in progress(batches, label, len(batches)):
         yield to_float(x), *rest
@@ -929,21 +1035,24 @@ def sanity_flags(model, images, *, epsilon, step_size, num_steps, eot=10, seed=0
     with evaluating(model, seed=seed) as generator:
         images, random = checked(model, images), is_random(model, images[0])
         images = x, y = [t[:100 if random else 250] for t in images]
-        x, slack = to_float(x), max(2, 300 / len(y))                 # 2 % or 3 images
-        logits = logits_of(model, x)
-        alone = torch.cat([logits_of(model, image[None]) for image in x[:32]])
+        slack, zero = max(2, 300 / len(y)), []                       # 2 % or 3 images
+        logits = torch.cat([logits_of(model, x) for x, _ in batched(*images)])
+        alone = torch.cat([logits_of(model, to_float(image[None])) for image in x[:32]])
         with frozen(model), torch.enable_grad():
-            leaf = x.clone().requires_grad_()
-            gradient, = torch.autograd.grad(F.cross_entropy(model(leaf), y, reduction="sum"), leaf)
-        zero = per_cent(gradient.flatten(1).abs().amax(1) == 0)
+            for x, y in batched(*images):
+                loss = F.cross_entropy(model(x.requires_grad_()), y, reduction="sum")
+                zero.append(torch.autograd.grad(loss, x)[0].flatten(1).abs().amax(1) == 0)
+        zero = per_cent(torch.cat(zero))
         found, twice = robust(epsilon, step_size, num_steps, 2 * num_steps)
         fgsm, = robust(epsilon, epsilon, 1, random_start=False)
-        bits = (torch.randint(0, 2, x.shape, generator=generator, device=x.device) for _ in range(20))
-        noisy = ((x + epsilon * (b * 2 - 1)).clamp(0, 1) for b in bits)
-        if random:                                               # its own mistakes would add up over the 20
-            noise = min(per_cent(fraction_correct(model, n, y, 10)) for n in noisy)
-        else:
-            noise = per_cent(torch.stack([logits_of(model, n).argmax(1) == y for n in noisy]).all(0))
+
+        def under_noise(x, y):                                       # (B, 20), in how many of the passes
+            bits = (torch.randint(0, 2, x.shape, generator=generator, device=x.device) for _ in range(20))
+            noisy = ((x + epsilon * (b * 2 - 1)).clamp(0, 1) for b in bits)
+            return torch.stack([fraction_correct(model, n, y, 10 if random else 1) for n in noisy], 1)
+        right = torch.cat([under_noise(x, y) for x, y in batched(*images)])
+        # The mistakes of a random network, which are its own, would add up over the 20.
+        noise = min(map(per_cent, right.T)) if random else per_cent((right == 1).all(1))
         wild, = robust(1.0, 1.0, num_steps)
     return [sentence for raised, sentence in (
         (random, "random output, expected of a network with noise: two passes over one image differ"),
@@ -1006,19 +1115,25 @@ def save_file(path, content):
         temporary.unlink(missing_ok=True)
 
 
-def read_file(path, **kinds):
-    """What save_file wrote; Fault unless the file is whole, free of code, and holds these keys and types."""
-    try:                                                         # torch.load checks no checksum; zipfile does
-        with zipfile.ZipFile(path) as archive:
-            content = {} if archive.testzip() else torch.load(path, map_location="cpu", weights_only=True)
-        if content["format"] != FORMAT or not all(isinstance(content[k], kind) for k, kind in kinds.items()):
+def read_file(path, own=True, **kinds):
+    """What torch.save wrote; Fault unless the file is whole, free of code and, if it is to be our own, one of
+    save_file that holds these keys and types."""
+    try:
+        if own or zipfile.is_zipfile(path):                      # torch.load checks no checksum; zipfile does
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise zipfile.BadZipFile
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        fits = not own or content["format"] == FORMAT
+        if not fits or not all(isinstance(content[k], kind) for k, kind in kinds.items()):
             raise ValueError(f"format {content['format']}, wanted: {FORMAT}")
         return content
     except FileNotFoundError:
         raise Fault(f"there is no file {path}") from None
     except Exception as fault:                                   # unpickling can raise anything
         reason = first_line(fault) if type(fault) is ValueError else type(fault).__name__
-        raise Fault(f"{path} is damaged or not a file of these scripts ({reason})") from None
+        what = "not a file of these scripts" if own else "holds more than tensors, which could run code"
+        raise Fault(f"{path} is damaged or {what} ({reason})") from None
 
 
 def save_model(path, script, kind, network, model, args, state=None, **more):
@@ -1089,15 +1204,44 @@ def load_model(path):
 
 
 def load_pretrained(model, path, network):
-    """Loads a dense.pt of any script into `model`; UsageFault unless it holds just that network, dense."""
+    """Loads into `model` a dense.pt of any script, or a state dict as others publish it; UsageFault unless it
+    holds just that network, dense."""
     if not Path(path).is_file():
         raise UsageFault(f"argument --pretrained: there is no file {path}")
-    artifact = read_artifact(path)
-    if (artifact["kind"], artifact["network"]) != ("dense", network):
-        raise UsageFault(f"argument --pretrained: {path} holds {artifact['kind']} {artifact['network']}, not "
-                         f"dense {network}")
+    content = read_file(path, own=False)
+    if isinstance(content, dict) and "format" in content:
+        artifact = read_artifact(path)
+        state, kind, found = (artifact[key] for key in ("state", "kind", "network"))
+        if (kind, found) != ("dense", network):
+            raise UsageFault(f"argument --pretrained: {path} holds {kind} {found}, not dense {network}")
+    else:
+        state = published_state(content, model.state_dict(), f"argument --pretrained: {path}")
+        mean, std = ([f"{v.item():g}" for v in getattr(model, k, ())] for k in ("mean", "std"))
+        how = f"less {', '.join(mean)}, over {', '.join(std)}" if mean else "as they are: no --mean, no --std"
+        print(f"{path}: taken for a network that gets images {how}")
     with fitting(path):
-        model.load_state_dict(artifact["state"])
+        model.load_state_dict(state)
+
+
+def published_state(content, wanted, where):
+    """The state dict in what others saved, with the names of `wanted`, a network's: it may be wrapped or
+    prefixed, of kuangliu's names or torchvision's. UsageFault on the first tensor that does not fit."""
+    def canonical(name):
+        name = re.sub(r"^((module|model)\.)+", "", name)
+        return name.replace("shortcut.", "downsample.").replace("linear.", "fc.")
+    content, state = content if isinstance(content, dict) else {}, {}
+    for key in ("state_dict", "model_state_dict", "net", "model"):
+        content = content[key] if isinstance(content.get(key), dict) else content
+    found = {canonical(str(key)): t for key, t in content.items() if torch.is_tensor(t)}
+    for name, like in wanted.items():
+        state[name] = t = found.pop(canonical(name), like if name.endswith("num_batches_tracked") else None)
+        shape = "missing" if t is None else tuple(t.shape) if t.isfinite().all() else "not finite"
+        if shape != tuple(like.shape):
+            raise UsageFault(f"{where}: its {name} is {shape}, wanted: {tuple(like.shape)}")
+    for name in found:                                           # those of MadryLab's wrapper are duplicates
+        if not name.startswith(("attacker.", "normalizer.")):
+            raise UsageFault(f"{where}: its {name} has no place in the network")
+    return state
 
 
 # ---------------------------------------------------------------- the run

@@ -47,8 +47,8 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from torch.nn.grad import conv2d_input
 
-from common import (Fault, Run, apply_masks_, autocast, build_network, channel_groups, cli, evaluating,
-                    interval, load_data, load_pretrained, make_optimizer, meet, network_of, number,
+from common import (RECIPES, Fault, Run, apply_masks_, autocast, build_network, channel_groups, cli,
+                    evaluating, interval, load_data, load_pretrained, make_optimizer, meet, network_of, number,
                     parameter_masks, per_cent, pgd, prepare, progress, ramp, rank, rate, remove_filters_,
                     resize_, resolve, save_model, script_parser, to_float, topk_mask, whole, world)
 
@@ -57,7 +57,7 @@ BOUNDED = ("crown-ibp", "mixtrain")
 # Ours, for these: a network of plain layers, Adam's rate, more epochs for digits; the usual small radii.
 VERIFIABLE = dict(arch="cnn_small", width=16, lr=1e-3, batch_size=128, ramp_epochs=15)
 DIGITS = dict(batch_size=64, pretrain_epochs=60, prune_epochs=20, finetune_epochs=40, ramp_epochs=30)
-VERIFIABLE_RADIUS = {"digits": 0.02, "mnist": 0.1, "cifar10": 2 / 255, "cifar100": 2 / 255, "svhn": 2 / 255}
+VERIFIABLE_RADIUS = dict.fromkeys(RECIPES, 2 / 255) | {"digits": 0.02, "mnist": 0.1}
 
 
 def get_args(argv=None):
@@ -177,6 +177,10 @@ def plain_layers(model):
                         "padding, linear layers, ReLU and Flatten")
     if not isinstance(layers[-1], nn.Linear):
         raise Fault("no bounds are known for a network that does not end in a linear layer")
+    if hasattr(model, "mean"):                                       # the normalisation, as a layer
+        first = nn.Conv2d(len(model.mean), len(model.mean), 1, groups=len(model.mean)).to(model.mean)
+        first.weight.data, first.bias.data = 1 / model.std[:, None], (-model.mean / model.std).flatten()
+        layers = [first.requires_grad_(False), *layers]
     return layers
 
 

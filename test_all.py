@@ -2296,3 +2296,152 @@ def test_two_processes_say_what_ended_them_once(tmp_path):
                 "--pretrain-epochs", "500", "--output", tmp_path / "run")
     said, = re.findall("^cstar.py: (.*)", run.communicate(timeout=60)[1], re.M)
     assert run.returncode == 1 and re.match("pretrain 1/500: another pro|stopped; .*torchrun --nproc.*--resume", said)
+
+
+@every_script
+def test_every_script_ships_a_network(script):
+    shipped = [json.loads(path.with_name("result.json").read_text())["script"]
+               for path in (HERE / "results").glob("*/model.pt")]
+    assert script.__name__ in shipped
+
+
+# ---------------------------------------------------------------- photos, and networks that others trained
+@pytest.fixture
+def zoo(tmp_path, monkeypatch):
+    """Flags of a set of 16 + 4 photos of different sizes in two classes, a dark one and a light one."""
+    from PIL import Image
+    monkeypatch.setattr(common, "PHOTO", 32)
+    for split, label, i in [(*place, i) for place in itertools.product(("train", "val"), (0, 1)) for i in range(8)]:
+        if split == "train" or i < 2:
+            (folder := tmp_path / "zoo" / split / f"class{label}").mkdir(parents=True, exist_ok=True)
+            generator = np.random.default_rng(10 * i + label)
+            pixels = generator.integers(90 * label, 160 + 90 * label, (5 + i, 9, 3), np.uint8)
+            Image.fromarray(pixels).resize((60 - 3 * i, 40 + 9 * i)).save(folder / f"{i}.jpg")
+    return (f"--dataset zoo --data-dir {tmp_path} --epsilon 4/255 --device cpu --batch-size 8 --num-steps 1 --lr 0.01 "
+            "--eval-steps 2 --restarts 1 --pretrain-epochs 0 --amp off --finetune-epochs 2").split()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_photos_are_cut_by_seed_epoch_and_index_whatever_the_workers_and_the_batches(zoo, tmp_path):
+    from torchvision.io import decode_image
+    from torchvision.transforms import v2
+    (data, other), epochs = (common.load_data(cstar.get_args([*zoo, "--workers", n])) for n in "13"), []
+    for one, generator in ((data, torch.Generator()), (other, torch.Generator())):
+        epochs.append([torch.cat([x for x, _ in one.batches(4, generator)]) for _ in range(2)])
+    assert all(map(torch.equal, *epochs)) and epochs[0][0].shape == (16, 3, 32, 32)
+    seen = [list(data.train[0].load(map(torch.tensor, batches), "cpu", seed)) for batches, seed in (
+        ([[3, 7, 0], [5]], 1), ([[5, 0], [7]], 1), ([[5, 0]], 2))]
+    assert torch.equal(seen[0][0][[1, 2]], torch.stack([seen[1][1][0], seen[1][0][1]]))
+    assert torch.equal(seen[0][1][0], seen[1][0][0]) and not (seen[1][0] == seen[2][0]).flatten(1).all(1).any()
+    paths = [tmp_path / "zoo/val" / f"class{label}/{i}.jpg" for i in (0, 1) for label in (0, 1)]           # balanced
+    middle = v2.Compose([v2.Resize(36), v2.CenterCrop(32)])
+    assert torch.equal(data.test[0], torch.stack([middle(decode_image(str(p), "RGB")) for p in paths]))
+    x, y = next(data.batches(16, torch.Generator()))
+    assert data.test[1].tolist() == [0, 1, 0, 1] and ((x.mean((1, 2, 3)) > 0.5) == y.bool()).all()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("spoil", [lambda data: data[:len(data) // 2], lambda data: b"", lambda data: b"BM" + data])
+def test_photo_that_is_none_is_one_sentence_with_its_path(zoo, tmp_path, monkeypatch, split, spoil):
+    path = tmp_path / "zoo" / split / "class1/1.jpg"
+    path.write_bytes(spoil(path.read_bytes()))
+    argv = [*zoo, "--width", "1", "--output", str(tmp_path / "run")]
+    status, errors = run_cli(cstar.main, argv, monkeypatch)
+    assert status == 1 and errors.count("\n") == 1 and re.search(rf"{path} cannot be read.*\([^/]*\)$", errors), errors
+
+
+@every_script
+def test_photos_resume_bit_for_bit(zoo, tmp_path, monkeypatch, script):
+    phase, save = {hydra_prune: "prune", binary_relax: "relax"}.get(script, "admm"), common.Run.save
+    argv = [*zoo, "--arch", "resnet18", "--width=1", f"--{phase}-epochs=1", "--output", str(tmp_path / "run")]
+
+    def stopping(run, epoch, stateful):
+        save(run, epoch, stateful)
+        if (run.phase, epoch) == ("finetune", 1):
+            raise Stop
+    unevaluated(monkeypatch)
+    script.main([*argv[:-1], str(tmp_path / "whole")])
+    monkeypatch.setattr(common.Run, "save", stopping)
+    with pytest.raises(Stop):
+        script.main(argv)
+    monkeypatch.setattr(common.Run, "save", save)
+    script.main([*argv, "--resume"])
+    assert same_weights(tmp_path / "whole/model.pt", tmp_path / "run/model.pt")
+
+
+def test_torchvision_network_comes_to_its_result_within_cstars_budget(zoo, tmp_path):
+    argv = [*zoo, "--arch", "imagenet_resnet18", "--admm-epochs", "0", "--output", str(tmp_path / "run")]
+    result = cstar.main(argv)
+    assert result["images"] == 4 and 16 <= result["params_ratio"] < 16.1 and result["bytes_ratio"] > 15
+
+
+@pytest.mark.parametrize("arch", ["imagenet_resnet18", "imagenet_resnet50"])
+def test_torchvision_networks_are_their_own_and_lose_filters_exactly(arch):
+    from torchvision import models
+    model = shaken(arch, 16, 3, 64, torch.float32).eval()
+    own = getattr(models, arch.removeprefix("imagenet_"))(num_classes=10).eval()
+    own.load_state_dict(model.state_dict())
+    x, mean, std = torch.rand(2, 3, 64, 64), *torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    assert torch.equal(model(x), own((x - mean.view(3, 1, 1)) / std.view(3, 1, 1)))
+    shortcuts = {f"layer{i}.0.downsample.0.weight" for i in range(1 + (arch == "imagenet_resnet18"), 5)}
+    float_ones = {n for n, p in model.named_parameters() if p.dim() > 1} - binary_relax.quantisable(model).keys()
+    assert float_ones == shortcuts | {"fc.weight"}
+    masks = common.parameter_masks(model, filter_masks(model, 2), True)
+    common.apply_masks_(model, masks)
+    full, before = model(x), sum(p.numel() for p in model.parameters())
+    small, _ = common.remove_filters_(model, masks)
+    assert (small(x) - full).abs().max() <= 1e-5 * full.abs().max()
+    assert sum(p.numel() for p in small.parameters()) < 0.45 * before
+
+
+PUBLISHED = [lambda state: state, lambda state: dict(state_dict=state, epoch=9, best=torch.tensor(1.0)),
+             lambda state: {"net": {f"module.{k}": t for k, t in state.items()}, "acc": 95.0},
+             lambda state: {"model": {f"model.{k}": t.half() if t.dim() else t for k, t in state.items()}},
+             lambda state: {"model": {f"module.{a}model.{k}": t for a in ("attacker.", "") for k, t in state.items()}}]
+
+
+@pytest.mark.parametrize("form", PUBLISHED)
+@pytest.mark.parametrize("rename", [lambda k: k, lambda k: k.replace("shortcut", "downsample").replace("linear", "fc")])
+def test_pretrained_takes_what_others_published_with_their_normalisation(tmp_path, monkeypatch, digits, form, rename):
+    own, images = shaken("resnet18", 1, 1, 8, torch.float32).half().float().eval(), common.to_float(digits.test[0][:40])
+    torch.save(form({rename(k): t for k, t in own.state_dict().items()}), tmp_path / "theirs.pt",
+               _use_new_zipfile_serialization=form is not PUBLISHED[0])
+    unevaluated(monkeypatch)
+    argv = (f"--admm-epochs 0 --finetune-epochs 0 --mean 0.3 --std 0.5 --pretrained {tmp_path}/theirs.pt --output "
+            f"{tmp_path}/run").split()
+    cstar.main([*TINY[:TINY.index("--pretrain-epochs")], *TINY[TINY.index("--num-steps"):], *argv])
+    with torch.no_grad():                                        # others normalise outside of the network
+        assert torch.equal(common.load_model(tmp_path / "run/dense.pt")(images), own((images - 0.3) / 0.5))
+    artifact, compact = common.read_model(tmp_path / "run/model.pt")
+    assert (artifact["network"]["mean"], artifact["network"]["std"]) == ([0.3], [0.5])
+    assert sum(p.numel() for p in compact.parameters()) <= sum(p.numel() for p in own.parameters()) / 4
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda s: s | {"linear.weight": torch.zeros(9, 32)}, r"its linear.weight is \(9, 32\), wanted: \(10, 32\)"),
+    (lambda s: s | {"mu": torch.zeros(1)}, "its mu has no place"), (lambda s: [s], r"conv1.weight is missing, wanted: \(4"),
+    (lambda s: s | {"bn1.bias": s["bn1.bias"] * math.nan}, "bn1.bias is not finite"),
+    (lambda s: {k: t for k, t in s.items() if k != "bn1.bias"}, "bn1.bias is missing"),
+    (lambda s: s | {"hostile": Hostile()}, "could run code")])
+def test_pretrained_that_does_not_fit_is_one_sentence_and_runs_no_code(tmp_path, monkeypatch, change, words):
+    monkeypatch.chdir(tmp_path)
+    torch.save(change(resnet().state_dict()), "theirs.pt")
+    unevaluated(monkeypatch)
+    status, errors = run_cli(cstar.main, ("--dataset digits --arch resnet18 --width 1 --pretrained theirs.pt --output run "
+                                          "--device cpu --admm-epochs 0 --finetune-epochs 0").split(), monkeypatch)
+    assert status in (1, 2) and errors.count("\n") == 1 and re.search(words, errors), errors
+    assert [p.name for p in tmp_path.iterdir()] == ["theirs.pt"]
+
+
+def test_normalisation_is_in_the_bounds_and_photos_are_evaluated_a_few_at_a_time():
+    model, x, y = chain(0, "cnn_small")
+    common.normalised(model, [0.3, 0.6], [0.5, 0.2]).double()
+    assert all(torch.allclose(bound, margins(model, x, y)) for bound in all_bounds(model, x, y, 0.0).values())
+    model, sizes = nn.Sequential(nn.AvgPool2d(56), nn.Flatten(), nn.Linear(48, 3)), []
+    images = torch.randint(0, 256, (30, 3, 224, 224), dtype=torch.uint8), torch.arange(30) % 3
+    model.register_forward_pre_hook(lambda model, inputs: sizes.append(len(inputs[0])))
+    common.evaluate(model, images, **SETTINGS | dict(num_steps=2))
+    common.sanity_flags(model, images, **SETTINGS | dict(num_steps=2))
+    assert sizes.count(30) == 4 and max(sizes) == 30             # the four are to see whether output is random
+    small = torch.zeros(300, 3, 32, 32, dtype=torch.uint8), torch.zeros(300)
+    assert [[len(x) for x, _ in common.batched(*some)] for some in (images, small)] == [[27, 3], [250, 50]]

@@ -29,7 +29,7 @@ def get_args(argv=None):
     parser.add_argument("model", help="a model.pt or dense.pt")
     parser.add_argument("--dataset", help="default: the one it was made for, and so for the attack")
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--workers", type=whole(1, 256), default=8, help="threads that decode class folders")
+    parser.add_argument("--workers", type=whole(1, 256), default=8, help="decoding threads; for photos, processes")
     parser.add_argument("--eval-images", type=whole(0), help="a balanced subset; 0: all (on a CPU: 1000)")
     parser.add_argument("--epsilon", type=radius)
     parser.add_argument("--step-size", type=radius, help="the first one")
