@@ -348,12 +348,13 @@ class Photos:
         from torchvision.io import decode_image
         images = []
         for i in indices:
+            path = os.fsdecode(self.files[i])
             try:
-                image = decode_image(torch.from_numpy(np.fromfile(self.files[i], np.uint8)), "RGB")
+                image = decode_image(torch.from_numpy(np.fromfile(path, np.uint8)), "RGB")
                 if image.dtype != torch.uint8 or image.dim() != 3:
                     raise ValueError("it is not one image of 8 bits a channel")
             except (OSError, RuntimeError, ValueError) as fault:
-                return Fault(f"{os.fsdecode(self.files[i])} cannot be read as an image ({first_line(fault)})")
+                return Fault(f"{path} cannot be read as an image ({first_line(fault)})")
             torch.default_generator.manual_seed(zlib.crc32(f"{seed} {i}".encode()))
             images.append(crop(image))
         return torch.stack(images)
