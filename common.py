@@ -5,7 +5,6 @@ import argparse
 import contextlib
 import functools
 import importlib
-import io
 import itertools
 import json
 import math
@@ -109,9 +108,9 @@ def script_parser(doc, script, phase, networks=(), adapt=lambda recipe: {}):
                for name, recipe in RECIPES.items()}
     lines = (" ".join([f"  {name}:", *(f"--{k} {v:.5g}" if isinstance(v, float) else f"--{k} {v}"
                                        for k, v in recipe.items())]) for name, recipe in recipes.items())
-    parser = Parser(doc, prog=Path(script).name,
-                    epilog="\n".join(["defaults of each data set:", *lines]).replace("_", "-"))
+    parser = Parser(doc, prog=Path(script).name)
     parser.recipes = recipes
+    parser.epilog = "\n".join(["defaults of each data set:", *lines]).replace("_", "-")
     run = parser.add_argument_group("run")
     run.add_argument("--dataset", default="cifar10", help=f"{', '.join(RECIPES)} or a folder")
     run.add_argument("--data-dir", default="data", help="where data sets are looked for and downloaded to")
@@ -220,11 +219,10 @@ def cli(main):
     if dist.is_torchelastic_launched():
         join()                                                       # which would not let a handler run
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:                               # closed by the shell: `2>&-`
-            setattr(sys, name, open(os.devnull, "w"))
-        if isinstance(getattr(sys, name), io.TextIOWrapper):         # a path may hold unprintable characters
-            getattr(sys, name).reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))    # None: `2>&-`
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):                           # a path may hold unprintable characters
+            stream.reconfigure(errors="backslashreplace")
     status = message = None
     try:
         try:
@@ -318,18 +316,16 @@ class Data:
 
     def batches(self, batch_size, generator):
         """Yields (x float (B, C, H, W) in [0, 1], y (B,)), one epoch in an order drawn from `generator`."""
-        images, labels = self.train
+        (images, labels), size = self.train, min(batch_size, len(self.train[1]))
         order = torch.randperm(len(labels), generator=generator, device=labels.device)
-
-        def own(batch):                                              # this process's share
-            return batch[rank():len(batch) // world() * world():world()]
-        batches = order[:self.steps(batch_size) * batch_size].split(batch_size)
-        shares = [own(index) for index in batches]
+        batches = order[:self.steps(size) * size].split(size)
+        own = slice(rank(), size // world() * world(), world())      # this process's share of a batch
+        shares = [index[own] for index in batches]
         if isinstance(images, Photos):
             seed = torch.randint(2**60, (), generator=generator, device=labels.device).item()
             cut = images.load(shares, labels.device, seed)
         else:
-            cut = (own(augment(images[index], self.crop, self.flip, generator)) for index in batches)
+            cut = (augment(images[index], self.crop, self.flip, generator)[own] for index in batches)
         for x, index in zip(cut, shares):
             yield to_float(x), labels[index]
 
@@ -411,10 +407,9 @@ def load_data(args):
     known set that is absent is downloaded by torchvision. digits lies beside this file. NAME/{train,val} are
     photos of any size: streamed to train on, decoded here to test on."""
     name, root = args.dataset, Path(args.data_dir)
-    folders = (root / name / "train").is_dir()
     if name == "digits":
         found = read_digits()
-    elif folders:                                                # which a failed download must not hide
+    elif (root / name / "train").is_dir():                       # which a failed download must not hide
         stored = name in TORCHVISION and (root / TORCHVISION[name][1]).exists()
         found = stored and read_torchvision(name, root, download=False)
         found = found or read_folders(root / name, args.workers, name not in TORCHVISION)
@@ -456,9 +451,8 @@ def read_torchvision(name, root, download):
     """A known set as torchvision lays it out, and fetches it; without `download` None if it is not whole."""
     try:                            # RuntimeError, not ImportError, when torch and torchvision do not match
         import torchvision.datasets
-        reader = getattr(torchvision.datasets, TORCHVISION[name][0])
-        options = [dict(split=s) if name == "svhn" else dict(train=s == "train") for s in ("train", "test")]
-        splits = [reader(str(root), download=download, **option) for option in options]
+        read = functools.partial(getattr(torchvision.datasets, TORCHVISION[name][0]), str(root))
+        splits = [read(s if name == "svhn" else s == "train", download=download) for s in ("train", "test")]
     except Exception as fault:                                   # of readers that unpickle: of any kind
         if not download:
             return None
@@ -467,8 +461,7 @@ def read_torchvision(name, root, download):
                     "the files there, or use --dataset digits, which needs none") from None
     pairs = [(np.asarray(s.data), np.asarray(s.labels if name == "svhn" else s.targets)) for s in splits]
     if name != "svhn":                                           # (N, H, W) or (N, H, W, C) -> (N, C, H, W)
-        pairs = [(x[:, None] if x.ndim == 3 else np.ascontiguousarray(x.transpose(0, 3, 1, 2)), y)
-                 for x, y in pairs]
+        pairs = [(np.ascontiguousarray(np.moveaxis(x.reshape(*x.shape[:3], -1), 3, 1)), y) for x, y in pairs]
     return *pairs, getattr(splits[0], "classes", [str(d) for d in range(10)])
 
 
@@ -533,10 +526,8 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = conv3x3(c_in, c_out, stride), nn.BatchNorm2d(c_out)
         self.conv2, self.bn2 = conv3x3(c_out, c_out), nn.BatchNorm2d(c_out)
-        self.shortcut = nn.Sequential()
-        if c_in != c_out:
-            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False),
-                                          nn.BatchNorm2d(c_out))
+        self.shortcut = nn.Sequential() if c_in == c_out else nn.Sequential(
+            nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
     def forward(self, x):
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -629,30 +620,26 @@ def lenet(width, channels, classes, size):
     return CNN(width, channels, classes, size, convs, linear, padding, pool=2)
 
 
-def torchvision_network(name, width, channels, classes, size):
-    """torchvision's own network for photos, with its layer names."""
-    from torchvision import models
-    return getattr(models, name)(num_classes=classes)
-
-
 NETWORKS = {"resnet18": ResNet18, "vgg16": VGG16, "wrn28_4": WRN28_4, "lenet": lenet,         # cnn_*: HYDRA's
             "cnn_small": functools.partial(CNN, convs=((16, 4, 2), (32, 4, 2)), linear=(100,)),
             "cnn_large": functools.partial(CNN, convs=((32, 3, 1), (32, 4, 2), (64, 3, 1), (64, 4, 2)),
                                            linear=(512, 512)),
-            **{f"imagenet_{name}": functools.partial(torchvision_network, name) for name in (
-                "resnet18", "resnet50")}}
+            "imagenet_resnet18": None, "imagenet_resnet50": None}     # torchvision's own, for photos
 
 
 def build_network(arch, width, channels, classes, size, mean=None, std=None):
     """A network of NETWORKS for images (channels, *size), width 16 being standard; UsageFault if too deep.
     Given mean and std, one number a channel, it begins with (x - mean) / std; torchvision's always do."""
-    if arch.startswith("imagenet_"):
-        if (channels, width) != (3, 16):
-            raise UsageFault(f"argument --arch: {arch} is for colour images and has --width 16")
-        mean, std = mean or (0.485, 0.456, 0.406), std or (0.229, 0.224, 0.225)
+    photos = arch.startswith("imagenet_")
+    if photos and (channels, width) != (3, 16):
+        raise UsageFault(f"argument --arch: {arch} is for colour images and has --width 16")
     least = {"resnet18": 8, "vgg16": 32, "lenet": 4 if channels == 1 else 16}.get(arch, 4)
     if min(size) < least:
         raise UsageFault(f"argument --arch: {arch} is too deep for {size[0]}x{size[1]}; its least is {least}")
+    if photos:
+        from torchvision import models
+        model = getattr(models, arch.removeprefix("imagenet_"))(num_classes=classes)
+        return normalised(model, mean or (0.485, 0.456, 0.406), std or (0.229, 0.224, 0.225))
     return normalised(NETWORKS[arch](width, channels, classes, size), mean, std)
 
 
@@ -705,18 +692,16 @@ def channel_groups(model):
 
 def without_channels(state, groups, alive):
     """A state dict of which only the channels `alive`, a boolean (channels,) for each group, are left."""
-    rows, columns, left = {}, {}, {}
+    state = dict(state)
     for (writers, norms, readers), kept in zip(groups, alive):
-        rows |= dict.fromkeys([*writers, *writers.values(), *norms], kept)
-        columns |= dict.fromkeys(readers, kept)
-    for key, t in state.items():
-        name = key.rpartition(".")[0]
-        if t.dim() and name in rows:
-            t = t[rows[name]]
-        if t.dim() > 1 and name in columns:
-            t = t[:, columns[name].repeat_interleave(t.shape[1] // len(columns[name]))]
-        left[key] = t
-    return left
+        for key, t in state.items():
+            name = key.rpartition(".")[0]
+            if t.dim() and name in (*writers, *writers.values(), *norms):
+                t = t[kept]
+            if t.dim() > 1 and name in readers:
+                t = t[:, kept.repeat_interleave(t.shape[1] // len(kept))]
+            state[key] = t
+    return state
 
 
 def resize_(model, state):
@@ -817,8 +802,7 @@ def frozen(model):
     """Within it weights take no gradient, which torch.compile would compute; statistics are put back."""
     weights = [p for p in model.parameters() if p.requires_grad]
     buffers = [(b, b.clone()) for b in model.buffers()] if any(m.training for m in model.modules()) else []
-    for p in weights:
-        p.requires_grad_(False)
+    model.requires_grad_(False)
     try:
         yield
     finally:
@@ -1022,15 +1006,11 @@ def sanity_flags(model, images, *, epsilon, step_size, num_steps, eot=10, seed=0
     """Signs that a robust accuracy cannot be trusted (after Carlini et al. 2019, Athalye et al. 2018), as
     sentences, of the first 250 images, 100 of them if the network is random, which is attacked as in
     evaluate(); an honest network raises none but that."""
-    def robust(epsilon, step_size, *steps, **more):
-        """Robust accuracy after each of these numbers of steps, ascending."""
-        attack = dict(epsilon=epsilon, step_size=step_size, **more)
+    def robust(n, **attack):
+        attack |= dict(num_steps=n)
         if random:
-            attack |= dict(restarts=1, eot=eot, seed=seed)
-            found = [evaluate(model, images, num_steps=n, **attack) for n in steps]
-            return [one["robust_acc"] for one in found]
-        return [per_cent(first_broken_iterate(model, images, generator.manual_seed(seed), num_steps=n, **attack)
-                         > n) for n in steps]
+            return evaluate(model, images, restarts=1, eot=eot, seed=seed, **attack)["robust_acc"]
+        return per_cent(first_broken_iterate(model, images, generator.manual_seed(seed), **attack) > n)
 
     with evaluating(model, seed=seed) as generator:
         images, random = checked(model, images), is_random(model, images[0])
@@ -1043,8 +1023,8 @@ def sanity_flags(model, images, *, epsilon, step_size, num_steps, eot=10, seed=0
                 loss = F.cross_entropy(model(x.requires_grad_()), y, reduction="sum")
                 zero.append(torch.autograd.grad(loss, x)[0].flatten(1).abs().amax(1) == 0)
         zero = per_cent(torch.cat(zero))
-        found, twice = robust(epsilon, step_size, num_steps, 2 * num_steps)
-        fgsm, = robust(epsilon, epsilon, 1, random_start=False)
+        found, twice = (robust(n, epsilon=epsilon, step_size=step_size) for n in (num_steps, 2 * num_steps))
+        fgsm = robust(1, epsilon=epsilon, step_size=epsilon, random_start=False)
 
         def under_noise(x, y):                                       # (B, 20), in how many of the passes
             bits = (torch.randint(0, 2, x.shape, generator=generator, device=x.device) for _ in range(20))
@@ -1053,7 +1033,7 @@ def sanity_flags(model, images, *, epsilon, step_size, num_steps, eot=10, seed=0
         right = torch.cat([under_noise(x, y) for x, y in batched(*images)])
         # The mistakes of a random network, which are its own, would add up over the 20.
         noise = min(map(per_cent, right.T)) if random else per_cent((right == 1).all(1))
-        wild, = robust(1.0, 1.0, num_steps)
+        wild = robust(num_steps, epsilon=1.0, step_size=1.0)
     return [sentence for raised, sentence in (
         (random, "random output, expected of a network with noise: two passes over one image differ"),
         (not random and (alone - logits[:32]).abs().max() > 1e-4 * logits.abs().max(),
@@ -1270,8 +1250,7 @@ class Run:
         if (self.folder / "result.json").is_file():
             with fitting(self.folder / "result.json", "a run; without it --resume evaluates again"):
                 self.result = json.loads((self.folder / "result.json").read_text())
-                flags, script = dict(self.result["args"]), self.result["script"]
-            self.check_same(flags, script, "finished; --resume prints its result")
+                self.check_same(self.result, "finished; --resume prints its result")
             print(json.dumps(self.result, indent=1))
             return
         changed = self.read_checkpoint()
@@ -1289,9 +1268,9 @@ class Run:
             print(f"nothing to continue in {self.folder}, so this begins\n" * args.resume, end="")
             self.log(script=self.script, **vars(args))
 
-    def check_same(self, flags, script, state):
+    def check_same(self, run, state):
         """UsageFault unless the folder holds this very run and --resume was given."""
-        then, now = flags | {"script": script}, self.flags | {"script": self.script}
+        then, now = run["args"] | {"script": run["script"]}, self.flags | {"script": self.script}
         changed = ", ".join(k for k in now if str(then.get(k)) != str(now[k]))
         if changed:
             raise UsageFault(f"argument --output: {self.folder} holds a different run ({changed} differ)")
@@ -1308,7 +1287,7 @@ class Run:
         saved = read_file(path, script=str, args=dict, phase=str, epoch=int, states=dict, computed=dict,
                           seconds=dict, random=dict, log_size=int)
         new = {k: v for k, v in self.flags.items() if k.startswith(("eval_", "restart", "eot"))}  # may change
-        self.check_same(saved["args"] | new, saved["script"], "not finished; --resume continues it")
+        self.check_same(saved | dict(args=saved["args"] | new), "not finished; --resume continues it")
         if not 0 <= saved["epoch"] <= self.phases.get(saved["phase"], -1):
             raise Fault(f"{path} does not fit this run: epoch {saved['epoch']} of {saved['phase']}")
         if (saved["random"].get("cuda") is None) != (self.args.device == "cpu"):
