@@ -18,6 +18,7 @@ import time
 import warnings
 import zipfile
 import zlib
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from fractions import Fraction
@@ -180,9 +181,8 @@ def resolve(parser, args, longest_ramp=lambda args: args.pretrain_epochs, **defa
 def check_device(name):
     """'auto', 'cpu', 'cuda' or 'cuda:1' -> 'cpu' or 'cuda:N'; UsageFault if that is not there."""
     here = [*(f"cuda:{i}" for i in range(torch.cuda.is_available() and torch.cuda.device_count())), "cpu"]
-    if world() > 1 and name in ("auto", "cuda") and len(here) > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"                    # each process has its own
-    name = here[0] if name == "auto" or name == "cuda" and len(here) > 1 else name
+    if name == "auto" or name == "cuda" and len(here) > 1:           # each process has its own
+        name = here[int(os.environ["LOCAL_RANK"]) if world() > 1 and len(here) > 1 else 0]
     if name not in here:
         raise UsageFault(f"argument --device: {name} is none of this machine's {', '.join(here)}")
     return name
@@ -202,8 +202,7 @@ def autocast(args):
 
 
 def progress(items, label, total, later=0):
-    """Iterates over items; on a terminal, and only there, with a line of progress and the time to go, which
-    counts `later` more such items that come afterwards."""
+    """Iterates over items; on a terminal with a line of progress and the time for them and `later` more."""
     begin, terminal = time.time(), sys.stderr.isatty() and rank() == 0
     for i, item in enumerate(items):
         if terminal:
@@ -335,9 +334,6 @@ class Photos:
     def __init__(self, files, workers):
         self.files, self.workers, self.shape = files, workers, (len(files), 3, PHOTO, PHOTO)
 
-    def __getitem__(self, chosen):
-        return Photos(self.files[chosen], self.workers)
-
     def decode(self, indices, crop, seed):
         """Those, uint8 (B, 3, PHOTO, PHOTO), cut by random numbers of seed and index alone. A Fault is
         returned: raised in a process of its own, it would come with a traceback."""
@@ -419,23 +415,20 @@ def load_data(args):
         raise UsageFault(f"argument --dataset: there is no folder {root / name / 'train'} of class folders")
     train, test, classes = found
     default = min(1000, len(test[1])) if args.device == "cpu" else 0
-    wanted = (("--train-images", getattr(args, "train_images", 0)),
-              ("--eval-images", default if args.eval_images is None else args.eval_images))
-    pairs = []
-    for (images, labels), (flag, count) in zip((train, test), wanted):
+    counts, pairs = (args.train_images, default if args.eval_images is None else args.eval_images), []
+    for (images, labels), flag, count in zip((train, test), ("--train-images", "--eval-images"), counts):
         if count and not len(classes) <= count <= len(labels):
             raise UsageFault(f"argument {flag}: {count} is not from {len(classes)} to {len(labels)} (all)")
         if 0 < count < len(labels):
             chosen = balanced(labels, count)
             images, labels = images[chosen], labels[chosen]
-        if not isinstance(images, Photos):
-            images = torch.from_numpy(images).to(args.device)
-        elif flag == "--eval-images":
-            photos, batches = images, torch.arange(len(labels)).split(50)
+        photos = Photos(images, args.workers) if images.dtype.kind == "S" else None          # names of files
+        images = photos or torch.from_numpy(images).to(args.device)
+        if photos and flag == "--eval-images":
             images = torch.empty(photos.shape, dtype=torch.uint8, device=args.device)
-            loaded = progress(photos.load(batches, args.device), "decoding", len(batches))
-            for place, x in zip(images.split(50), loaded):
-                place.copy_(x)
+            parts = torch.arange(len(labels)).split(50)
+            for part, x in zip(parts, progress(photos.load(parts, args.device), "decoding", len(parts))):
+                images[part] = x
         pairs.append((images, torch.from_numpy(labels.astype(np.int64)).to(args.device)))
     return Data(*pairs, classes, **AUGMENTATION.get(name, dict(crop=4, flip=True)))
 
@@ -471,7 +464,7 @@ def read_folders(root, workers, photos):
     def entries(folder):
         return sorted(e for e in os.listdir(folder) if e[0] != "." and e != "Thumbs.db")
     photos = photos and (root / "val").is_dir() and not (root / "test").is_dir()
-    pairs, names = [], []
+    splits, labels, names = [], [], []
     for split in (root / "train", root / ("val" if photos else "test")):
         names.append([e for e in entries(split) if (split / e).is_dir()] if split.is_dir() else [])
         odd = sorted(set(names[0]) ^ set(names[-1]))
@@ -481,16 +474,16 @@ def read_folders(root, workers, photos):
         files = [[os.fsencode(f"{split / name}/{e}") for e in entries(split / name)] for name in names[0]]
         if [] in files:
             raise Fault(f"{split / names[0][files.index([])]} holds no images")
-        pairs.append((np.array([*itertools.chain(*files)]), np.repeat(range(len(files)), [*map(len, files)])))
-    train, test = ([Photos(files, workers) for files, _ in pairs] if photos else
-                   read_images([files for files, _ in pairs], workers))
-    order = balanced(pairs[1][1])                                # sorted by class till now
-    return (train, pairs[0][1]), (test[order], pairs[1][1][order]), names[0]
+        splits.append(np.array([*itertools.chain(*files)]))
+        labels.append(np.repeat(range(len(files)), [*map(len, files)]))
+    train, test = splits if photos else read_images(splits, workers)
+    order = balanced(labels[1])                                  # sorted by class till now
+    return (train, labels[0]), (test[order], labels[1][order]), names[0]
 
 
 def read_images(splits, workers):
-    """uint8 (N, C, H, W) of each of these lists of files, images of one size and any type that Pillow reads;
-    grey ones stay so if all are. What is no image is a Fault."""
+    """uint8 (N, C, H, W) of each of these lists of files: images of one size, as Pillow reads them; C is 1 if
+    all are grey."""
     try:
         from PIL import Image
     except ImportError:
@@ -534,37 +527,37 @@ class BasicBlock(nn.Module):
         return F.relu(out + self.shortcut(x))
 
 
-class ResNet18(nn.Module):
+class Mean(nn.Module):
+    """The mean over all positions, (N, C, H, W) -> (N, C)."""
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
+def stages(block, depth, widths):
+    """Residual stages of `depth` blocks between these widths; all but the first begin with a stride of 2."""
+    for i, (c, d) in enumerate(itertools.pairwise(widths)):
+        yield nn.Sequential(block(c, d, 2 if i else 1), *(block(d, d, 1) for _ in range(1, depth)))
+
+
+def resnet18(width, channels, classes, size):
     """ResNet-18 for small images, with the layer names of the common CIFAR implementation."""
-    def __init__(self, width, channels, classes, size):
-        super().__init__()
-        w = [4 * width] + [c * width for c in (4, 8, 16, 32)]
-        self.conv1, self.bn1 = conv3x3(channels, w[0]), nn.BatchNorm2d(w[0])
-        self.layer1, self.layer2, self.layer3, self.layer4 = (
-            nn.Sequential(BasicBlock(w[i], w[i + 1], 2 if i else 1), BasicBlock(w[i + 1], w[i + 1], 1))
-            for i in range(4))
-        self.linear = nn.Linear(w[4], classes)
-
-    def forward(self, x):
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.linear(x.mean((2, 3)))
+    w = [c * width for c in (4, 4, 8, 16, 32)]
+    return nn.Sequential(OrderedDict(
+        conv1=conv3x3(channels, w[0]), bn1=nn.BatchNorm2d(w[0]), relu=nn.ReLU(),
+        **{f"layer{i}": stage for i, stage in enumerate(stages(BasicBlock, 2, w), 1)},
+        mean=Mean(), linear=nn.Linear(w[4], classes)))
 
 
-class VGG16(nn.Module):
+def vgg16(width, channels, classes, size):
     """VGG-16 with batch norm, convolution biases and one linear layer: the ADMM paper's."""
-    def __init__(self, width, channels, classes, size):
-        super().__init__()
-        layers, c_in = [], channels
-        for stage, count in ((4, 2), (8, 2), (16, 3), (32, 3), (32, 3)):
-            for _ in range(count):
-                layers += [conv3x3(c_in, stage * width, bias=True), nn.BatchNorm2d(stage * width), nn.ReLU()]
-                c_in = stage * width
-            layers.append(nn.MaxPool2d(2))
-        self.features, self.classifier = nn.Sequential(*layers), nn.Linear(c_in, classes)
-
-    def forward(self, x):
-        return self.classifier(self.features(x).mean((2, 3)))
+    layers, c_in = [], channels
+    for stage, count in ((4, 2), (8, 2), (16, 3), (32, 3), (32, 3)):
+        for _ in range(count):
+            layers += [conv3x3(c_in, stage * width, bias=True), nn.BatchNorm2d(stage * width), nn.ReLU()]
+            c_in = stage * width
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(OrderedDict(
+        features=nn.Sequential(*layers), mean=Mean(), classifier=nn.Linear(c_in, classes)))
 
 
 class WideBlock(nn.Module):
@@ -580,49 +573,41 @@ class WideBlock(nn.Module):
         return out + (self.shortcut(h) if self.shortcut else x)
 
 
-class WRN28_4(nn.Module):
+def wrn28_4(width, channels, classes, size):
     """Wide ResNet 28-4, pre-activation, without the unused extra block that some public copies carry."""
-    def __init__(self, width, channels, classes, size):
-        super().__init__()
-        w = [c * width for c in (1, 4, 8, 16)]
-        self.conv1 = conv3x3(channels, width)
-        self.block1, self.block2, self.block3 = (
-            nn.Sequential(WideBlock(w[i], w[i + 1], 2 if i else 1),
-                          *(WideBlock(w[i + 1], w[i + 1], 1) for _ in range(3))) for i in range(3))
-        self.bn1, self.fc = nn.BatchNorm2d(w[3]), nn.Linear(w[3], classes)
-
-    def forward(self, x):
-        x = F.relu(self.bn1(self.block3(self.block2(self.block1(self.conv1(x))))))
-        return self.fc(x.mean((2, 3)))
+    w = [c * width for c in (1, 4, 8, 16)]
+    return nn.Sequential(OrderedDict(
+        conv1=conv3x3(channels, width),
+        **{f"block{i}": stage for i, stage in enumerate(stages(WideBlock, 4, w), 1)},
+        bn1=nn.BatchNorm2d(w[3]), relu=nn.ReLU(), mean=Mean(), fc=nn.Linear(w[3], classes)))
 
 
-class CNN(nn.Sequential):
+def cnn(width, channels, classes, size, convs, linear, padding=1, pool=1):
     """A chain: convolutions (channels at width 16, kernel, stride) with ReLU and perhaps max pooling, then
     linear layers (units at width 16) with ReLU in between."""
-    def __init__(self, width, channels, classes, size, convs, linear, padding=1, pool=1):
-        layers, (h, w) = [], size
-        for c, kernel, stride in convs:
-            layers += [nn.Conv2d(channels, -(-c * width // 16), kernel, stride, padding), nn.ReLU()]
-            layers += [nn.MaxPool2d(pool)] * (pool > 1)
-            h, w = (((n + 2 * padding - kernel) // stride + 1) // pool for n in (h, w))
-            channels = -(-c * width // 16)
-        layers, units = [*layers, nn.Flatten()], channels * h * w
-        for n in linear:
-            layers += [nn.Linear(units, -(-n * width // 16)), nn.ReLU()]
-            units = layers[-2].out_features
-        super().__init__(*layers, nn.Linear(units, classes))
+    layers, (h, w) = [], size
+    for c, kernel, stride in convs:
+        layers += [nn.Conv2d(channels, -(-c * width // 16), kernel, stride, padding), nn.ReLU()]
+        layers += [nn.MaxPool2d(pool)] * (pool > 1)
+        h, w = (((n + 2 * padding - kernel) // stride + 1) // pool for n in (h, w))
+        channels = -(-c * width // 16)
+    layers, units = [*layers, nn.Flatten()], channels * h * w
+    for n in linear:
+        layers += [nn.Linear(units, -(-n * width // 16)), nn.ReLU()]
+        units = layers[-2].out_features
+    return nn.Sequential(*layers, nn.Linear(units, classes))
 
 
 def lenet(width, channels, classes, size):
     """The ADMM paper's LeNets: the padded one (MNIST) for one channel, the unpadded one (CIFAR) for more."""
     convs, linear, padding = (((32, 5, 1), (64, 5, 1)), (1024,), 2) if channels == 1 else (
         ((96, 5, 1), (256, 5, 1)), (1920, 1344), 0)
-    return CNN(width, channels, classes, size, convs, linear, padding, pool=2)
+    return cnn(width, channels, classes, size, convs, linear, padding, pool=2)
 
 
-NETWORKS = {"resnet18": ResNet18, "vgg16": VGG16, "wrn28_4": WRN28_4, "lenet": lenet,         # cnn_*: HYDRA's
-            "cnn_small": functools.partial(CNN, convs=((16, 4, 2), (32, 4, 2)), linear=(100,)),
-            "cnn_large": functools.partial(CNN, convs=((32, 3, 1), (32, 4, 2), (64, 3, 1), (64, 4, 2)),
+NETWORKS = {"resnet18": resnet18, "vgg16": vgg16, "wrn28_4": wrn28_4, "lenet": lenet,         # cnn_*: HYDRA's
+            "cnn_small": functools.partial(cnn, convs=((16, 4, 2), (32, 4, 2)), linear=(100,)),
+            "cnn_large": functools.partial(cnn, convs=((32, 3, 1), (32, 4, 2), (64, 3, 1), (64, 4, 2)),
                                            linear=(512, 512)),
             "imagenet_resnet18": None, "imagenet_resnet50": None}     # torchvision's own, for photos
 
@@ -662,10 +647,9 @@ def network_of(args, data):
 
 
 def channel_groups(model):
-    """Which channels stand or fall together, from the network's graph: [(writers, norms, readers)], names of
-    layers. A group's channels are the sum of its writers' outputs, {layer: batch norm on it alone, or None};
-    norms are the batch norms on the sum, readers the layers that take it in, a linear one perhaps as many
-    features a channel. What the classifier writes is no group."""
+    """Channels that stand or fall together, by the network's graph: [(writers, norms, readers)], names of
+    layers. They are the sum of what the writers give, {layer: batch norm on it alone, or None}; norms are batch
+    norms on the sum, readers take it in (linear ones as one or more features a channel). Logits are no group."""
     groups, group_of, modules = {}, {}, dict(model.named_modules())                  # group_of: {node: key}
     for node in torch.fx.Tracer().trace(model).nodes:
         layer = modules.get(node.target) if node.op == "call_module" else None
@@ -1003,9 +987,8 @@ def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=4, losses
 
 
 def sanity_flags(model, images, *, epsilon, step_size, num_steps, eot=10, seed=0):
-    """Signs that a robust accuracy cannot be trusted (after Carlini et al. 2019, Athalye et al. 2018), as
-    sentences, of the first 250 images, 100 of them if the network is random, which is attacked as in
-    evaluate(); an honest network raises none but that."""
+    """Sentences on what makes a robust accuracy doubtful (after Carlini et al. 2019, Athalye et al. 2018), of
+    the first 250 images, 100 if the network is random, which is attacked as in evaluate() and always named."""
     def robust(n, **attack):
         attack |= dict(num_steps=n)
         if random:
@@ -1184,18 +1167,34 @@ def load_model(path):
 
 
 def load_pretrained(model, path, network):
-    """Loads into `model` a dense.pt of any script, or a state dict as others publish it; UsageFault unless it
-    holds just that network, dense."""
+    """Loads into `model` a dense.pt of any script or a state dict as others publish it: wrapped, prefixed, of
+    kuangliu's names or torchvision's. UsageFault unless it holds just that network, dense."""
+    def canonical(name):
+        name = re.sub(r"^((module|model)\.)+", "", name)
+        return name.replace("shortcut.", "downsample.").replace("linear.", "fc.")
     if not Path(path).is_file():
         raise UsageFault(f"argument --pretrained: there is no file {path}")
-    content = read_file(path, own=False)
+    content, state = read_file(path, own=False), {}
     if isinstance(content, dict) and "format" in content:
         artifact = read_artifact(path)
         state, kind, found = (artifact[key] for key in ("state", "kind", "network"))
         if (kind, found) != ("dense", network):
             raise UsageFault(f"argument --pretrained: {path} holds {kind} {found}, not dense {network}")
     else:
-        state = published_state(content, model.state_dict(), f"argument --pretrained: {path}")
+        content = content if isinstance(content, dict) else {}
+        for key in ("state_dict", "model_state_dict", "net", "model"):
+            content = content[key] if isinstance(content.get(key), dict) else content
+        left = {canonical(str(key)): t for key, t in content.items() if torch.is_tensor(t)}
+        for name, like in model.state_dict().items():
+            default = like if name.endswith("num_batches_tracked") else None
+            state[name] = t = left.pop(canonical(name), default)
+            shape = "missing" if t is None else tuple(t.shape) if t.isfinite().all() else "not finite"
+            if shape != tuple(like.shape):
+                raise UsageFault(f"argument --pretrained: {path}: its {name} is {shape}, wanted: "
+                                 f"{tuple(like.shape)}")
+        for name in left:                                        # those of MadryLab's wrapper are duplicates
+            if not name.startswith(("attacker.", "normalizer.")):
+                raise UsageFault(f"argument --pretrained: {path}: its {name} has no place in the network")
         mean, std = ([f"{v.item():g}" for v in getattr(model, k, ())] for k in ("mean", "std"))
         how = f"less {', '.join(mean)}, over {', '.join(std)}" if mean else "as they are: no --mean, no --std"
         print(f"{path}: taken for a network that gets images {how}")
@@ -1203,31 +1202,9 @@ def load_pretrained(model, path, network):
         model.load_state_dict(state)
 
 
-def published_state(content, wanted, where):
-    """The state dict in what others saved, with the names of `wanted`, a network's: it may be wrapped or
-    prefixed, of kuangliu's names or torchvision's. UsageFault on the first tensor that does not fit."""
-    def canonical(name):
-        name = re.sub(r"^((module|model)\.)+", "", name)
-        return name.replace("shortcut.", "downsample.").replace("linear.", "fc.")
-    content, state = content if isinstance(content, dict) else {}, {}
-    for key in ("state_dict", "model_state_dict", "net", "model"):
-        content = content[key] if isinstance(content.get(key), dict) else content
-    found = {canonical(str(key)): t for key, t in content.items() if torch.is_tensor(t)}
-    for name, like in wanted.items():
-        state[name] = t = found.pop(canonical(name), like if name.endswith("num_batches_tracked") else None)
-        shape = "missing" if t is None else tuple(t.shape) if t.isfinite().all() else "not finite"
-        if shape != tuple(like.shape):
-            raise UsageFault(f"{where}: its {name} is {shape}, wanted: {tuple(like.shape)}")
-    for name in found:                                           # those of MadryLab's wrapper are duplicates
-        if not name.startswith(("attacker.", "normalizer.")):
-            raise UsageFault(f"{where}: its {name} has no place in the network")
-    return state
-
-
 # ---------------------------------------------------------------- the run
 class Run:
     """One run's output folder: its log, its checkpoint and its result. phases: {name: epochs}, in order.
-
     epochs() and compute_once() make a script resumable by last.pt, whose content is `saved` until the phase
     is reached in which the run was stopped, then None."""
     active = None                                                # the run that this process is in
