@@ -181,8 +181,9 @@ def resolve(parser, args, longest_ramp=lambda args: args.pretrain_epochs, **defa
 def check_device(name):
     """'auto', 'cpu', 'cuda' or 'cuda:1' -> 'cpu' or 'cuda:N'; UsageFault if that is not there."""
     here = [*(f"cuda:{i}" for i in range(torch.cuda.is_available() and torch.cuda.device_count())), "cpu"]
-    if name == "auto" or name == "cuda" and len(here) > 1:           # each process has its own
-        name = here[int(os.environ["LOCAL_RANK"]) if world() > 1 and len(here) > 1 else 0]
+    if world() > 1 and name in ("auto", "cuda") and len(here) > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"                    # each process has its own
+    name = here[0] if name == "auto" or name == "cuda" and len(here) > 1 else name
     if name not in here:
         raise UsageFault(f"argument --device: {name} is none of this machine's {', '.join(here)}")
     return name
@@ -648,8 +649,8 @@ def network_of(args, data):
 
 def channel_groups(model):
     """Channels that stand or fall together, by the network's graph: [(writers, norms, readers)], names of
-    layers. They are the sum of what the writers give, {layer: batch norm on it alone, or None}; norms are batch
-    norms on the sum, readers take it in (linear ones as one or more features a channel). Logits are no group."""
+    layers. They are the sum of what writers give, {layer: batch norm on it alone, or None}; norms are batch
+    norms on the sum; readers take it in, linear ones as one or more features a channel. Logits are left out."""
     groups, group_of, modules = {}, {}, dict(model.named_modules())                  # group_of: {node: key}
     for node in torch.fx.Tracer().trace(model).nodes:
         layer = modules.get(node.target) if node.op == "call_module" else None
@@ -988,7 +989,7 @@ def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=4, losses
 
 def sanity_flags(model, images, *, epsilon, step_size, num_steps, eot=10, seed=0):
     """Sentences on what makes a robust accuracy doubtful (after Carlini et al. 2019, Athalye et al. 2018), of
-    the first 250 images, 100 if the network is random, which is attacked as in evaluate() and always named."""
+    the first 250 images, or 100 of a random one, attacked as in evaluate(); an honest one has but that."""
     def robust(n, **attack):
         attack |= dict(num_steps=n)
         if random:
