@@ -401,11 +401,13 @@ def balanced(labels, count=None):
 def load_data(args):
     """The data set that the flags name, as Data on args.device; nothing is substituted silently. It is looked
     for in args.data_dir as torchvision lays it out, then as class folders NAME/{train,test}/<class>/*; a
-    known set that is absent is downloaded by torchvision. digits lies beside this file. NAME/{train,val} are
-    photos of any size: streamed to train on, decoded here to test on."""
+    known set that is absent is downloaded by torchvision. NAME/{train,val} are photos of any size: streamed
+    to train on, decoded here to test on. digits, UCI's 1,797 as in scikit-learn, lie beside this file."""
     name, root = args.dataset, Path(args.data_dir)
     if name == "digits":
-        found = read_digits()
+        with np.load(Path(__file__).parent / "data" / "digits.npz") as stored:       # grey levels 0 to 16
+            x, y = np.rint(stored["images"][:, None] * (255 / 16)).astype(np.uint8), stored["labels"]
+        found = (x[:-360], y[:-360]), (x[-360:], y[-360:]), [str(d) for d in range(10)]
     elif (root / name / "train").is_dir():                       # which a failed download must not hide
         stored = name in TORCHVISION and (root / TORCHVISION[name][1]).exists()
         found = stored and read_torchvision(name, root, download=False)
@@ -432,13 +434,6 @@ def load_data(args):
                 images[part] = x
         pairs.append((images, torch.from_numpy(labels.astype(np.int64)).to(args.device)))
     return Data(*pairs, classes, **AUGMENTATION.get(name, dict(crop=4, flip=True)))
-
-
-def read_digits():
-    """1,797 real 8x8 digits (UCI, as in scikit-learn), grey levels 0 to 16; the last 360 are the test set."""
-    with np.load(Path(__file__).parent / "data" / "digits.npz") as stored:
-        images, labels = np.rint(stored["images"][:, None] * (255 / 16)).astype(np.uint8), stored["labels"]
-    return (images[:-360], labels[:-360]), (images[-360:], labels[-360:]), [str(d) for d in range(10)]
 
 
 def read_torchvision(name, root, download):
@@ -528,12 +523,6 @@ class BasicBlock(nn.Module):
         return F.relu(out + self.shortcut(x))
 
 
-class Mean(nn.Module):
-    """The mean over all positions, (N, C, H, W) -> (N, C)."""
-    def forward(self, x):
-        return x.mean((2, 3))
-
-
 def stages(block, depth, widths):
     """Residual stages of `depth` blocks between these widths; all but the first begin with a stride of 2."""
     for i, (c, d) in enumerate(itertools.pairwise(widths)):
@@ -546,7 +535,7 @@ def resnet18(width, channels, classes, size):
     return nn.Sequential(OrderedDict(
         conv1=conv3x3(channels, w[0]), bn1=nn.BatchNorm2d(w[0]), relu=nn.ReLU(),
         **{f"layer{i}": stage for i, stage in enumerate(stages(BasicBlock, 2, w), 1)},
-        mean=Mean(), linear=nn.Linear(w[4], classes)))
+        pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), linear=nn.Linear(w[4], classes)))
 
 
 def vgg16(width, channels, classes, size):
@@ -557,8 +546,8 @@ def vgg16(width, channels, classes, size):
             layers += [conv3x3(c_in, stage * width, bias=True), nn.BatchNorm2d(stage * width), nn.ReLU()]
             c_in = stage * width
         layers.append(nn.MaxPool2d(2))
-    return nn.Sequential(OrderedDict(
-        features=nn.Sequential(*layers), mean=Mean(), classifier=nn.Linear(c_in, classes)))
+    return nn.Sequential(OrderedDict(features=nn.Sequential(*layers), pool=nn.AdaptiveAvgPool2d(1),
+                                     flatten=nn.Flatten(), classifier=nn.Linear(c_in, classes)))
 
 
 class WideBlock(nn.Module):
@@ -580,7 +569,8 @@ def wrn28_4(width, channels, classes, size):
     return nn.Sequential(OrderedDict(
         conv1=conv3x3(channels, width),
         **{f"block{i}": stage for i, stage in enumerate(stages(WideBlock, 4, w), 1)},
-        bn1=nn.BatchNorm2d(w[3]), relu=nn.ReLU(), mean=Mean(), fc=nn.Linear(w[3], classes)))
+        bn1=nn.BatchNorm2d(w[3]), relu=nn.ReLU(), pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(),
+        fc=nn.Linear(w[3], classes)))
 
 
 def cnn(width, channels, classes, size, convs, linear, padding=1, pool=1):
@@ -650,7 +640,7 @@ def network_of(args, data):
 def channel_groups(model):
     """Channels that stand or fall together, by the network's graph: [(writers, norms, readers)], names of
     layers. They are the sum of what writers give, {layer: batch norm on it alone, or None}; norms are batch
-    norms on the sum; readers take it in, linear ones as one or more features a channel. Logits are left out."""
+    norms on the sum; readers take it in, linear ones as several features a channel. Logits are no group."""
     groups, group_of, modules = {}, {}, dict(model.named_modules())                  # group_of: {node: key}
     for node in torch.fx.Tracer().trace(model).nodes:
         layer = modules.get(node.target) if node.op == "call_module" else None
@@ -995,7 +985,6 @@ def sanity_flags(model, images, *, epsilon, step_size, num_steps, eot=10, seed=0
         if random:
             return evaluate(model, images, restarts=1, eot=eot, seed=seed, **attack)["robust_acc"]
         return per_cent(first_broken_iterate(model, images, generator.manual_seed(seed), **attack) > n)
-
     with evaluating(model, seed=seed) as generator:
         images, random = checked(model, images), is_random(model, images[0])
         images = x, y = [t[:100 if random else 250] for t in images]
