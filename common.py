@@ -5,7 +5,6 @@ import argparse
 import contextlib
 import functools
 import importlib
-import io
 import itertools
 import json
 import math
@@ -19,6 +18,7 @@ import time
 import warnings
 import zipfile
 import zlib
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from fractions import Fraction
@@ -109,9 +109,9 @@ def script_parser(doc, script, phase, networks=(), adapt=lambda recipe: {}):
                for name, recipe in RECIPES.items()}
     lines = (" ".join([f"  {name}:", *(f"--{k} {v:.5g}" if isinstance(v, float) else f"--{k} {v}"
                                        for k, v in recipe.items())]) for name, recipe in recipes.items())
-    parser = Parser(doc, prog=Path(script).name,
-                    epilog="\n".join(["defaults of each data set:", *lines]).replace("_", "-"))
+    parser = Parser(doc, prog=Path(script).name)
     parser.recipes = recipes
+    parser.epilog = "\n".join(["defaults of each data set:", *lines]).replace("_", "-")
     run = parser.add_argument_group("run")
     run.add_argument("--dataset", default="cifar10", help=f"{', '.join(RECIPES)} or a folder")
     run.add_argument("--data-dir", default="data", help="where data sets are looked for and downloaded to")
@@ -203,8 +203,7 @@ def autocast(args):
 
 
 def progress(items, label, total, later=0):
-    """Iterates over items; on a terminal, and only there, with a line of progress and the time to go, which
-    counts `later` more such items that come afterwards."""
+    """Iterates over items; on a terminal with a line of progress and the time for them and `later` more."""
     begin, terminal = time.time(), sys.stderr.isatty() and rank() == 0
     for i, item in enumerate(items):
         if terminal:
@@ -220,11 +219,10 @@ def cli(main):
     if dist.is_torchelastic_launched():
         join()                                                       # which would not let a handler run
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:                               # closed by the shell: `2>&-`
-            setattr(sys, name, open(os.devnull, "w"))
-        if isinstance(getattr(sys, name), io.TextIOWrapper):         # a path may hold unprintable characters
-            getattr(sys, name).reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))    # None: `2>&-`
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):                           # a path may hold unprintable characters
+            stream.reconfigure(errors="backslashreplace")
     status = message = None
     try:
         try:
@@ -318,18 +316,16 @@ class Data:
 
     def batches(self, batch_size, generator):
         """Yields (x float (B, C, H, W) in [0, 1], y (B,)), one epoch in an order drawn from `generator`."""
-        images, labels = self.train
+        (images, labels), size = self.train, min(batch_size, len(self.train[1]))
         order = torch.randperm(len(labels), generator=generator, device=labels.device)
-
-        def own(batch):                                              # this process's share
-            return batch[rank():len(batch) // world() * world():world()]
-        batches = order[:self.steps(batch_size) * batch_size].split(batch_size)
-        shares = [own(index) for index in batches]
+        batches = order[:self.steps(size) * size].split(size)
+        own = slice(rank(), size // world() * world(), world())      # this process's share of a batch
+        shares = [index[own] for index in batches]
         if isinstance(images, Photos):
             seed = torch.randint(2**60, (), generator=generator, device=labels.device).item()
             cut = images.load(shares, labels.device, seed)
         else:
-            cut = (own(augment(images[index], self.crop, self.flip, generator)) for index in batches)
+            cut = (augment(images[index], self.crop, self.flip, generator)[own] for index in batches)
         for x, index in zip(cut, shares):
             yield to_float(x), labels[index]
 
@@ -338,9 +334,6 @@ class Photos:
     """Image files of any size as if they were uint8 (N, 3, PHOTO, PHOTO): decoded when they are asked for."""
     def __init__(self, files, workers):
         self.files, self.workers, self.shape = files, workers, (len(files), 3, PHOTO, PHOTO)
-
-    def __getitem__(self, chosen):
-        return Photos(self.files[chosen], self.workers)
 
     def decode(self, indices, crop, seed):
         """Those, uint8 (B, 3, PHOTO, PHOTO), cut by random numbers of seed and index alone. A Fault is
@@ -409,13 +402,14 @@ def balanced(labels, count=None):
 def load_data(args):
     """The data set that the flags name, as Data on args.device; nothing is substituted silently. It is looked
     for in args.data_dir as torchvision lays it out, then as class folders NAME/{train,test}/<class>/*; a
-    known set that is absent is downloaded by torchvision. digits lies beside this file. NAME/{train,val} are
-    photos of any size: streamed to train on, decoded here to test on."""
+    known set that is absent is downloaded by torchvision. NAME/{train,val} are photos of any size: streamed
+    to train on, decoded here to test on. digits, UCI's 1,797 as in scikit-learn, lie beside this file."""
     name, root = args.dataset, Path(args.data_dir)
-    folders = (root / name / "train").is_dir()
     if name == "digits":
-        found = read_digits()
-    elif folders:                                                # which a failed download must not hide
+        with np.load(Path(__file__).parent / "data" / "digits.npz") as stored:       # grey levels 0 to 16
+            x, y = np.rint(stored["images"][:, None] * (255 / 16)).astype(np.uint8), stored["labels"]
+        found = (x[:-360], y[:-360]), (x[-360:], y[-360:]), [str(d) for d in range(10)]
+    elif (root / name / "train").is_dir():                       # which a failed download must not hide
         stored = name in TORCHVISION and (root / TORCHVISION[name][1]).exists()
         found = stored and read_torchvision(name, root, download=False)
         found = found or read_folders(root / name, args.workers, name not in TORCHVISION)
@@ -425,41 +419,30 @@ def load_data(args):
         raise UsageFault(f"argument --dataset: there is no folder {root / name / 'train'} of class folders")
     train, test, classes = found
     default = min(1000, len(test[1])) if args.device == "cpu" else 0
-    wanted = (("--train-images", getattr(args, "train_images", 0)),
-              ("--eval-images", default if args.eval_images is None else args.eval_images))
-    pairs = []
-    for (images, labels), (flag, count) in zip((train, test), wanted):
+    counts, pairs = (args.train_images, default if args.eval_images is None else args.eval_images), []
+    for (images, labels), flag, count in zip((train, test), ("--train-images", "--eval-images"), counts):
         if count and not len(classes) <= count <= len(labels):
             raise UsageFault(f"argument {flag}: {count} is not from {len(classes)} to {len(labels)} (all)")
         if 0 < count < len(labels):
             chosen = balanced(labels, count)
             images, labels = images[chosen], labels[chosen]
-        if not isinstance(images, Photos):
-            images = torch.from_numpy(images).to(args.device)
-        elif flag == "--eval-images":
-            photos, batches = images, torch.arange(len(labels)).split(50)
+        photos = Photos(images, args.workers) if images.dtype.kind == "S" else None          # names of files
+        images = photos or torch.from_numpy(images).to(args.device)
+        if photos and flag == "--eval-images":
             images = torch.empty(photos.shape, dtype=torch.uint8, device=args.device)
-            loaded = progress(photos.load(batches, args.device), "decoding", len(batches))
-            for place, x in zip(images.split(50), loaded):
-                place.copy_(x)
+            parts = torch.arange(len(labels)).split(50)
+            for part, x in zip(parts, progress(photos.load(parts, args.device), "decoding", len(parts))):
+                images[part] = x
         pairs.append((images, torch.from_numpy(labels.astype(np.int64)).to(args.device)))
     return Data(*pairs, classes, **AUGMENTATION.get(name, dict(crop=4, flip=True)))
-
-
-def read_digits():
-    """1,797 real 8x8 digits (UCI, as in scikit-learn), grey levels 0 to 16; the last 360 are the test set."""
-    with np.load(Path(__file__).parent / "data" / "digits.npz") as stored:
-        images, labels = np.rint(stored["images"][:, None] * (255 / 16)).astype(np.uint8), stored["labels"]
-    return (images[:-360], labels[:-360]), (images[-360:], labels[-360:]), [str(d) for d in range(10)]
 
 
 def read_torchvision(name, root, download):
     """A known set as torchvision lays it out, and fetches it; without `download` None if it is not whole."""
     try:                            # RuntimeError, not ImportError, when torch and torchvision do not match
         import torchvision.datasets
-        reader = getattr(torchvision.datasets, TORCHVISION[name][0])
-        options = [dict(split=s) if name == "svhn" else dict(train=s == "train") for s in ("train", "test")]
-        splits = [reader(str(root), download=download, **option) for option in options]
+        read = functools.partial(getattr(torchvision.datasets, TORCHVISION[name][0]), str(root))
+        splits = [read(s if name == "svhn" else s == "train", download=download) for s in ("train", "test")]
     except Exception as fault:                                   # of readers that unpickle: of any kind
         if not download:
             return None
@@ -468,8 +451,7 @@ def read_torchvision(name, root, download):
                     "the files there, or use --dataset digits, which needs none") from None
     pairs = [(np.asarray(s.data), np.asarray(s.labels if name == "svhn" else s.targets)) for s in splits]
     if name != "svhn":                                           # (N, H, W) or (N, H, W, C) -> (N, C, H, W)
-        pairs = [(x[:, None] if x.ndim == 3 else np.ascontiguousarray(x.transpose(0, 3, 1, 2)), y)
-                 for x, y in pairs]
+        pairs = [(np.ascontiguousarray(np.moveaxis(x.reshape(*x.shape[:3], -1), 3, 1)), y) for x, y in pairs]
     return *pairs, getattr(splits[0], "classes", [str(d) for d in range(10)])
 
 
@@ -479,7 +461,7 @@ def read_folders(root, workers, photos):
     def entries(folder):
         return sorted(e for e in os.listdir(folder) if e[0] != "." and e != "Thumbs.db")
     photos = photos and (root / "val").is_dir() and not (root / "test").is_dir()
-    pairs, names = [], []
+    splits, labels, names = [], [], []
     for split in (root / "train", root / ("val" if photos else "test")):
         names.append([e for e in entries(split) if (split / e).is_dir()] if split.is_dir() else [])
         odd = sorted(set(names[0]) ^ set(names[-1]))
@@ -489,16 +471,16 @@ def read_folders(root, workers, photos):
         files = [[os.fsencode(f"{split / name}/{e}") for e in entries(split / name)] for name in names[0]]
         if [] in files:
             raise Fault(f"{split / names[0][files.index([])]} holds no images")
-        pairs.append((np.array([*itertools.chain(*files)]), np.repeat(range(len(files)), [*map(len, files)])))
-    train, test = ([Photos(files, workers) for files, _ in pairs] if photos else
-                   read_images([files for files, _ in pairs], workers))
-    order = balanced(pairs[1][1])                                # sorted by class till now
-    return (train, pairs[0][1]), (test[order], pairs[1][1][order]), names[0]
+        splits.append(np.array([*itertools.chain(*files)]))
+        labels.append(np.repeat(range(len(files)), [*map(len, files)]))
+    train, test = splits if photos else read_images(splits, workers)
+    order = balanced(labels[1])                                  # sorted by class till now
+    return (train, labels[0]), (test[order], labels[1][order]), names[0]
 
 
 def read_images(splits, workers):
-    """uint8 (N, C, H, W) of each of these lists of files, images of one size and any type that Pillow reads;
-    grey ones stay so if all are. What is no image is a Fault."""
+    """uint8 (N, C, H, W) of each of these lists of files: images of one size, as Pillow reads them; C is 1 if
+    all are grey."""
     try:
         from PIL import Image
     except ImportError:
@@ -534,47 +516,39 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = conv3x3(c_in, c_out, stride), nn.BatchNorm2d(c_out)
         self.conv2, self.bn2 = conv3x3(c_out, c_out), nn.BatchNorm2d(c_out)
-        self.shortcut = nn.Sequential()
-        if c_in != c_out:
-            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False),
-                                          nn.BatchNorm2d(c_out))
+        self.shortcut = nn.Sequential() if c_in == c_out else nn.Sequential(
+            nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
     def forward(self, x):
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         return F.relu(out + self.shortcut(x))
 
 
-class ResNet18(nn.Module):
+def stages(block, depth, widths):
+    """Residual stages of `depth` blocks between these widths; all but the first begin with a stride of 2."""
+    for i, (c, d) in enumerate(itertools.pairwise(widths)):
+        yield nn.Sequential(block(c, d, 2 if i else 1), *(block(d, d, 1) for _ in range(1, depth)))
+
+
+def resnet18(width, channels, classes, size):
     """ResNet-18 for small images, with the layer names of the common CIFAR implementation."""
-    def __init__(self, width, channels, classes, size):
-        super().__init__()
-        w = [4 * width] + [c * width for c in (4, 8, 16, 32)]
-        self.conv1, self.bn1 = conv3x3(channels, w[0]), nn.BatchNorm2d(w[0])
-        self.layer1, self.layer2, self.layer3, self.layer4 = (
-            nn.Sequential(BasicBlock(w[i], w[i + 1], 2 if i else 1), BasicBlock(w[i + 1], w[i + 1], 1))
-            for i in range(4))
-        self.linear = nn.Linear(w[4], classes)
-
-    def forward(self, x):
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.linear(x.mean((2, 3)))
+    w = [c * width for c in (4, 4, 8, 16, 32)]
+    return nn.Sequential(OrderedDict(
+        conv1=conv3x3(channels, w[0]), bn1=nn.BatchNorm2d(w[0]), relu=nn.ReLU(),
+        **{f"layer{i}": stage for i, stage in enumerate(stages(BasicBlock, 2, w), 1)},
+        pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), linear=nn.Linear(w[4], classes)))
 
 
-class VGG16(nn.Module):
+def vgg16(width, channels, classes, size):
     """VGG-16 with batch norm, convolution biases and one linear layer: the ADMM paper's."""
-    def __init__(self, width, channels, classes, size):
-        super().__init__()
-        layers, c_in = [], channels
-        for stage, count in ((4, 2), (8, 2), (16, 3), (32, 3), (32, 3)):
-            for _ in range(count):
-                layers += [conv3x3(c_in, stage * width, bias=True), nn.BatchNorm2d(stage * width), nn.ReLU()]
-                c_in = stage * width
-            layers.append(nn.MaxPool2d(2))
-        self.features, self.classifier = nn.Sequential(*layers), nn.Linear(c_in, classes)
-
-    def forward(self, x):
-        return self.classifier(self.features(x).mean((2, 3)))
+    layers, c_in = [], channels
+    for stage, count in ((4, 2), (8, 2), (16, 3), (32, 3), (32, 3)):
+        for _ in range(count):
+            layers += [conv3x3(c_in, stage * width, bias=True), nn.BatchNorm2d(stage * width), nn.ReLU()]
+            c_in = stage * width
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(OrderedDict(features=nn.Sequential(*layers), pool=nn.AdaptiveAvgPool2d(1),
+                                     flatten=nn.Flatten(), classifier=nn.Linear(c_in, classes)))
 
 
 class WideBlock(nn.Module):
@@ -590,70 +564,59 @@ class WideBlock(nn.Module):
         return out + (self.shortcut(h) if self.shortcut else x)
 
 
-class WRN28_4(nn.Module):
+def wrn28_4(width, channels, classes, size):
     """Wide ResNet 28-4, pre-activation, without the unused extra block that some public copies carry."""
-    def __init__(self, width, channels, classes, size):
-        super().__init__()
-        w = [c * width for c in (1, 4, 8, 16)]
-        self.conv1 = conv3x3(channels, width)
-        self.block1, self.block2, self.block3 = (
-            nn.Sequential(WideBlock(w[i], w[i + 1], 2 if i else 1),
-                          *(WideBlock(w[i + 1], w[i + 1], 1) for _ in range(3))) for i in range(3))
-        self.bn1, self.fc = nn.BatchNorm2d(w[3]), nn.Linear(w[3], classes)
-
-    def forward(self, x):
-        x = F.relu(self.bn1(self.block3(self.block2(self.block1(self.conv1(x))))))
-        return self.fc(x.mean((2, 3)))
+    w = [c * width for c in (1, 4, 8, 16)]
+    return nn.Sequential(OrderedDict(
+        conv1=conv3x3(channels, width),
+        **{f"block{i}": stage for i, stage in enumerate(stages(WideBlock, 4, w), 1)},
+        bn1=nn.BatchNorm2d(w[3]), relu=nn.ReLU(), pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(),
+        fc=nn.Linear(w[3], classes)))
 
 
-class CNN(nn.Sequential):
+def cnn(width, channels, classes, size, convs, linear, padding=1, pool=1):
     """A chain: convolutions (channels at width 16, kernel, stride) with ReLU and perhaps max pooling, then
     linear layers (units at width 16) with ReLU in between."""
-    def __init__(self, width, channels, classes, size, convs, linear, padding=1, pool=1):
-        layers, (h, w) = [], size
-        for c, kernel, stride in convs:
-            layers += [nn.Conv2d(channels, -(-c * width // 16), kernel, stride, padding), nn.ReLU()]
-            layers += [nn.MaxPool2d(pool)] * (pool > 1)
-            h, w = (((n + 2 * padding - kernel) // stride + 1) // pool for n in (h, w))
-            channels = -(-c * width // 16)
-        layers, units = [*layers, nn.Flatten()], channels * h * w
-        for n in linear:
-            layers += [nn.Linear(units, -(-n * width // 16)), nn.ReLU()]
-            units = layers[-2].out_features
-        super().__init__(*layers, nn.Linear(units, classes))
+    layers, (h, w) = [], size
+    for c, kernel, stride in convs:
+        layers += [nn.Conv2d(channels, -(-c * width // 16), kernel, stride, padding), nn.ReLU()]
+        layers += [nn.MaxPool2d(pool)] * (pool > 1)
+        h, w = (((n + 2 * padding - kernel) // stride + 1) // pool for n in (h, w))
+        channels = -(-c * width // 16)
+    layers, units = [*layers, nn.Flatten()], channels * h * w
+    for n in linear:
+        layers += [nn.Linear(units, -(-n * width // 16)), nn.ReLU()]
+        units = layers[-2].out_features
+    return nn.Sequential(*layers, nn.Linear(units, classes))
 
 
 def lenet(width, channels, classes, size):
     """The ADMM paper's LeNets: the padded one (MNIST) for one channel, the unpadded one (CIFAR) for more."""
     convs, linear, padding = (((32, 5, 1), (64, 5, 1)), (1024,), 2) if channels == 1 else (
         ((96, 5, 1), (256, 5, 1)), (1920, 1344), 0)
-    return CNN(width, channels, classes, size, convs, linear, padding, pool=2)
+    return cnn(width, channels, classes, size, convs, linear, padding, pool=2)
 
 
-def torchvision_network(name, width, channels, classes, size):
-    """torchvision's own network for photos, with its layer names."""
-    from torchvision import models
-    return getattr(models, name)(num_classes=classes)
-
-
-NETWORKS = {"resnet18": ResNet18, "vgg16": VGG16, "wrn28_4": WRN28_4, "lenet": lenet,         # cnn_*: HYDRA's
-            "cnn_small": functools.partial(CNN, convs=((16, 4, 2), (32, 4, 2)), linear=(100,)),
-            "cnn_large": functools.partial(CNN, convs=((32, 3, 1), (32, 4, 2), (64, 3, 1), (64, 4, 2)),
+NETWORKS = {"resnet18": resnet18, "vgg16": vgg16, "wrn28_4": wrn28_4, "lenet": lenet,         # cnn_*: HYDRA's
+            "cnn_small": functools.partial(cnn, convs=((16, 4, 2), (32, 4, 2)), linear=(100,)),
+            "cnn_large": functools.partial(cnn, convs=((32, 3, 1), (32, 4, 2), (64, 3, 1), (64, 4, 2)),
                                            linear=(512, 512)),
-            **{f"imagenet_{name}": functools.partial(torchvision_network, name) for name in (
-                "resnet18", "resnet50")}}
+            "imagenet_resnet18": None, "imagenet_resnet50": None}     # torchvision's own, for photos
 
 
 def build_network(arch, width, channels, classes, size, mean=None, std=None):
     """A network of NETWORKS for images (channels, *size), width 16 being standard; UsageFault if too deep.
     Given mean and std, one number a channel, it begins with (x - mean) / std; torchvision's always do."""
-    if arch.startswith("imagenet_"):
-        if (channels, width) != (3, 16):
-            raise UsageFault(f"argument --arch: {arch} is for colour images and has --width 16")
-        mean, std = mean or (0.485, 0.456, 0.406), std or (0.229, 0.224, 0.225)
+    photos = arch.startswith("imagenet_")
+    if photos and (channels, width) != (3, 16):
+        raise UsageFault(f"argument --arch: {arch} is for colour images and has --width 16")
     least = {"resnet18": 8, "vgg16": 32, "lenet": 4 if channels == 1 else 16}.get(arch, 4)
     if min(size) < least:
         raise UsageFault(f"argument --arch: {arch} is too deep for {size[0]}x{size[1]}; its least is {least}")
+    if photos:
+        from torchvision import models
+        model = getattr(models, arch.removeprefix("imagenet_"))(num_classes=classes)
+        return normalised(model, mean or (0.485, 0.456, 0.406), std or (0.229, 0.224, 0.225))
     return normalised(NETWORKS[arch](width, channels, classes, size), mean, std)
 
 
@@ -676,10 +639,9 @@ def network_of(args, data):
 
 
 def channel_groups(model):
-    """Which channels stand or fall together, from the network's graph: [(writers, norms, readers)], names of
-    layers. A group's channels are the sum of its writers' outputs, {layer: batch norm on it alone, or None};
-    norms are the batch norms on the sum, readers the layers that take it in, a linear one perhaps as many
-    features a channel. What the classifier writes is no group."""
+    """Channels that stand or fall together, by the network's graph: [(writers, norms, readers)], names of
+    layers. They are the sum of what writers give, {layer: batch norm on it alone, or None}; norms are batch
+    norms on the sum; readers take it in, linear ones as several features a channel. Logits are no group."""
     groups, group_of, modules = {}, {}, dict(model.named_modules())                  # group_of: {node: key}
     for node in torch.fx.Tracer().trace(model).nodes:
         layer = modules.get(node.target) if node.op == "call_module" else None
@@ -706,18 +668,16 @@ def channel_groups(model):
 
 def without_channels(state, groups, alive):
     """A state dict of which only the channels `alive`, a boolean (channels,) for each group, are left."""
-    rows, columns, left = {}, {}, {}
+    state = dict(state)
     for (writers, norms, readers), kept in zip(groups, alive):
-        rows |= dict.fromkeys([*writers, *writers.values(), *norms], kept)
-        columns |= dict.fromkeys(readers, kept)
-    for key, t in state.items():
-        name = key.rpartition(".")[0]
-        if t.dim() and name in rows:
-            t = t[rows[name]]
-        if t.dim() > 1 and name in columns:
-            t = t[:, columns[name].repeat_interleave(t.shape[1] // len(columns[name]))]
-        left[key] = t
-    return left
+        for key, t in state.items():
+            name = key.rpartition(".")[0]
+            if t.dim() and name in (*writers, *writers.values(), *norms):
+                t = t[kept]
+            if t.dim() > 1 and name in readers:
+                t = t[:, kept.repeat_interleave(t.shape[1] // len(kept))]
+            state[key] = t
+    return state
 
 
 def resize_(model, state):
@@ -818,8 +778,7 @@ def frozen(model):
     """Within it weights take no gradient, which torch.compile would compute; statistics are put back."""
     weights = [p for p in model.parameters() if p.requires_grad]
     buffers = [(b, b.clone()) for b in model.buffers()] if any(m.training for m in model.modules()) else []
-    for p in weights:
-        p.requires_grad_(False)
+    model.requires_grad_(False)
     try:
         yield
     finally:
@@ -1020,19 +979,13 @@ def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=4, losses
 
 
 def sanity_flags(model, images, *, epsilon, step_size, num_steps, eot=10, seed=0):
-    """Signs that a robust accuracy cannot be trusted (after Carlini et al. 2019, Athalye et al. 2018), as
-    sentences, of the first 250 images, 100 of them if the network is random, which is attacked as in
-    evaluate(); an honest network raises none but that."""
-    def robust(epsilon, step_size, *steps, **more):
-        """Robust accuracy after each of these numbers of steps, ascending."""
-        attack = dict(epsilon=epsilon, step_size=step_size, **more)
+    """Sentences on what makes a robust accuracy doubtful (after Carlini et al. 2019, Athalye et al. 2018), of
+    the first 250 images, or 100 of a random one, attacked as in evaluate(); an honest one has but that."""
+    def robust(n, **attack):
+        attack |= dict(num_steps=n)
         if random:
-            attack |= dict(restarts=1, eot=eot, seed=seed)
-            found = [evaluate(model, images, num_steps=n, **attack) for n in steps]
-            return [one["robust_acc"] for one in found]
-        return [per_cent(first_broken_iterate(model, images, generator.manual_seed(seed), num_steps=n, **attack)
-                         > n) for n in steps]
-
+            return evaluate(model, images, restarts=1, eot=eot, seed=seed, **attack)["robust_acc"]
+        return per_cent(first_broken_iterate(model, images, generator.manual_seed(seed), **attack) > n)
     with evaluating(model, seed=seed) as generator:
         images, random = checked(model, images), is_random(model, images[0])
         images = x, y = [t[:100 if random else 250] for t in images]
@@ -1044,8 +997,8 @@ def sanity_flags(model, images, *, epsilon, step_size, num_steps, eot=10, seed=0
                 loss = F.cross_entropy(model(x.requires_grad_()), y, reduction="sum")
                 zero.append(torch.autograd.grad(loss, x)[0].flatten(1).abs().amax(1) == 0)
         zero = per_cent(torch.cat(zero))
-        found, twice = robust(epsilon, step_size, num_steps, 2 * num_steps)
-        fgsm, = robust(epsilon, epsilon, 1, random_start=False)
+        found, twice = (robust(n, epsilon=epsilon, step_size=step_size) for n in (num_steps, 2 * num_steps))
+        fgsm = robust(1, epsilon=epsilon, step_size=epsilon, random_start=False)
 
         def under_noise(x, y):                                       # (B, 20), in how many of the passes
             bits = (torch.randint(0, 2, x.shape, generator=generator, device=x.device) for _ in range(20))
@@ -1054,7 +1007,7 @@ def sanity_flags(model, images, *, epsilon, step_size, num_steps, eot=10, seed=0
         right = torch.cat([under_noise(x, y) for x, y in batched(*images)])
         # The mistakes of a random network, which are its own, would add up over the 20.
         noise = min(map(per_cent, right.T)) if random else per_cent((right == 1).all(1))
-        wild, = robust(1.0, 1.0, num_steps)
+        wild = robust(num_steps, epsilon=1.0, step_size=1.0)
     return [sentence for raised, sentence in (
         (random, "random output, expected of a network with noise: two passes over one image differ"),
         (not random and (alone - logits[:32]).abs().max() > 1e-4 * logits.abs().max(),
@@ -1205,18 +1158,34 @@ def load_model(path):
 
 
 def load_pretrained(model, path, network):
-    """Loads into `model` a dense.pt of any script, or a state dict as others publish it; UsageFault unless it
-    holds just that network, dense."""
+    """Loads into `model` a dense.pt of any script or a state dict as others publish it: wrapped, prefixed, of
+    kuangliu's names or torchvision's. UsageFault unless it holds just that network, dense."""
+    def canonical(name):
+        name = re.sub(r"^((module|model)\.)+", "", name)
+        return name.replace("shortcut.", "downsample.").replace("linear.", "fc.")
     if not Path(path).is_file():
         raise UsageFault(f"argument --pretrained: there is no file {path}")
-    content = read_file(path, own=False)
+    content, state = read_file(path, own=False), {}
     if isinstance(content, dict) and "format" in content:
         artifact = read_artifact(path)
         state, kind, found = (artifact[key] for key in ("state", "kind", "network"))
         if (kind, found) != ("dense", network):
             raise UsageFault(f"argument --pretrained: {path} holds {kind} {found}, not dense {network}")
     else:
-        state = published_state(content, model.state_dict(), f"argument --pretrained: {path}")
+        content = content if isinstance(content, dict) else {}
+        for key in ("state_dict", "model_state_dict", "net", "model"):
+            content = content[key] if isinstance(content.get(key), dict) else content
+        left = {canonical(str(key)): t for key, t in content.items() if torch.is_tensor(t)}
+        for name, like in model.state_dict().items():
+            default = like if name.endswith("num_batches_tracked") else None
+            state[name] = t = left.pop(canonical(name), default)
+            shape = "missing" if t is None else tuple(t.shape) if t.isfinite().all() else "not finite"
+            if shape != tuple(like.shape):
+                raise UsageFault(f"argument --pretrained: {path}: its {name} is {shape}, wanted: "
+                                 f"{tuple(like.shape)}")
+        for name in left:                                        # those of MadryLab's wrapper are duplicates
+            if not name.startswith(("attacker.", "normalizer.")):
+                raise UsageFault(f"argument --pretrained: {path}: its {name} has no place in the network")
         mean, std = ([f"{v.item():g}" for v in getattr(model, k, ())] for k in ("mean", "std"))
         how = f"less {', '.join(mean)}, over {', '.join(std)}" if mean else "as they are: no --mean, no --std"
         print(f"{path}: taken for a network that gets images {how}")
@@ -1224,31 +1193,9 @@ def load_pretrained(model, path, network):
         model.load_state_dict(state)
 
 
-def published_state(content, wanted, where):
-    """The state dict in what others saved, with the names of `wanted`, a network's: it may be wrapped or
-    prefixed, of kuangliu's names or torchvision's. UsageFault on the first tensor that does not fit."""
-    def canonical(name):
-        name = re.sub(r"^((module|model)\.)+", "", name)
-        return name.replace("shortcut.", "downsample.").replace("linear.", "fc.")
-    content, state = content if isinstance(content, dict) else {}, {}
-    for key in ("state_dict", "model_state_dict", "net", "model"):
-        content = content[key] if isinstance(content.get(key), dict) else content
-    found = {canonical(str(key)): t for key, t in content.items() if torch.is_tensor(t)}
-    for name, like in wanted.items():
-        state[name] = t = found.pop(canonical(name), like if name.endswith("num_batches_tracked") else None)
-        shape = "missing" if t is None else tuple(t.shape) if t.isfinite().all() else "not finite"
-        if shape != tuple(like.shape):
-            raise UsageFault(f"{where}: its {name} is {shape}, wanted: {tuple(like.shape)}")
-    for name in found:                                           # those of MadryLab's wrapper are duplicates
-        if not name.startswith(("attacker.", "normalizer.")):
-            raise UsageFault(f"{where}: its {name} has no place in the network")
-    return state
-
-
 # ---------------------------------------------------------------- the run
 class Run:
     """One run's output folder: its log, its checkpoint and its result. phases: {name: epochs}, in order.
-
     epochs() and compute_once() make a script resumable by last.pt, whose content is `saved` until the phase
     is reached in which the run was stopped, then None."""
     active = None                                                # the run that this process is in
@@ -1271,8 +1218,7 @@ class Run:
         if (self.folder / "result.json").is_file():
             with fitting(self.folder / "result.json", "a run; without it --resume evaluates again"):
                 self.result = json.loads((self.folder / "result.json").read_text())
-                flags, script = dict(self.result["args"]), self.result["script"]
-            self.check_same(flags, script, "finished; --resume prints its result")
+                self.check_same(self.result, "finished; --resume prints its result")
             print(json.dumps(self.result, indent=1))
             return
         changed = self.read_checkpoint()
@@ -1290,9 +1236,9 @@ class Run:
             print(f"nothing to continue in {self.folder}, so this begins\n" * args.resume, end="")
             self.log(script=self.script, **vars(args))
 
-    def check_same(self, flags, script, state):
+    def check_same(self, run, state):
         """UsageFault unless the folder holds this very run and --resume was given."""
-        then, now = flags | {"script": script}, self.flags | {"script": self.script}
+        then, now = run["args"] | {"script": run["script"]}, self.flags | {"script": self.script}
         changed = ", ".join(k for k in now if str(then.get(k)) != str(now[k]))
         if changed:
             raise UsageFault(f"argument --output: {self.folder} holds a different run ({changed} differ)")
@@ -1309,7 +1255,7 @@ class Run:
         saved = read_file(path, script=str, args=dict, phase=str, epoch=int, states=dict, computed=dict,
                           seconds=dict, random=dict, log_size=int)
         new = {k: v for k, v in self.flags.items() if k.startswith(("eval_", "restart", "eot"))}  # may change
-        self.check_same(saved["args"] | new, saved["script"], "not finished; --resume continues it")
+        self.check_same(saved | dict(args=saved["args"] | new), "not finished; --resume continues it")
         if not 0 <= saved["epoch"] <= self.phases.get(saved["phase"], -1):
             raise Fault(f"{path} does not fit this run: epoch {saved['epoch']} of {saved['phase']}")
         if (saved["random"].get("cuda") is None) != (self.args.device == "cpu"):

@@ -267,8 +267,7 @@ def factor_layer(layer, rank):
     if isinstance(layer, nn.Linear):
         return nn.Sequential(nn.Linear(layer.in_features, rank[0], bias=False),
                              nn.Linear(rank[0], layer.out_features, bias))
-    where = dict(kernel_size=layer.kernel_size, stride=layer.stride, padding=layer.padding,
-                 dilation=layer.dilation)
+    where = {key: getattr(layer, key) for key in ("kernel_size", "stride", "padding", "dilation")}
     last = nn.Conv2d(rank[0], layer.out_channels, 1, bias=bias)
     if is_matrix(layer.weight):
         return nn.Sequential(nn.Conv2d(layer.in_channels, rank[0], **where, bias=False), last)

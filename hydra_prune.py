@@ -48,9 +48,10 @@ from torch.func import functional_call
 from torch.nn.grad import conv2d_input
 
 from common import (RECIPES, Fault, Run, apply_masks_, autocast, build_network, channel_groups, cli,
-                    evaluating, interval, load_data, load_pretrained, make_optimizer, meet, network_of, number,
-                    parameter_masks, per_cent, pgd, prepare, progress, ramp, rank, rate, remove_filters_,
-                    resize_, resolve, save_model, script_parser, to_float, topk_mask, whole, world)
+                    evaluating, interval, load_data, load_pretrained, make_optimizer, meet, network_of,
+                    number, parameter_masks, per_cent, pgd, prepare, progress, ramp, rank, rate,
+                    remove_filters_, resize_, resolve, save_model, script_parser, to_float, topk_mask, whole,
+                    world)
 
 OBJECTIVES = ("natural", "pgd", "trades", "crown-ibp", "mixtrain", "smooth")
 BOUNDED = ("crown-ibp", "mixtrain")
@@ -105,8 +106,7 @@ def prunable(model, scheme):
 
 
 def first_score(w, scheme):
-    """[C] sqrt(6 / fan_in) w / max |w|, like w (S, C, ...); of filters (S,) their norms over the largest one;
-    zeros for a layer of zeros."""
+    """[C] Like w (S, C, ...), zeros for zeros alone; of filters (S,) their norms over the largest one."""
     norms, factor = (w.flatten(1).norm(dim=1), 1) if scheme == "filter" else (w, math.sqrt(6 / w[0].numel()))
     return factor * norms / norms.abs().max().clamp_min(torch.finfo(w.dtype).tiny)
 
@@ -121,8 +121,7 @@ def choose_mask(s, ratio, like=None):
 class Scores(nn.Module):
     """[D] Importance scores s of all weights, or of all filters, and the unmasked values w, both in its
     state. The network itself holds w * m(s), so that attacks, losses and bounds are those of the pruned one.
-    Of a filter, w are the weight and bias of its own batch norm, or where it has none its own, and m is not
-    quite 0."""
+    Of a filter, w are the weight and bias of its batch norm, or else its own, and m is not quite 0."""
     PRUNED_FACTOR = {"irregular": 0.0, "filter": 0.001}
     def __init__(self, model, scheme, ratio):
         super().__init__()
@@ -140,8 +139,8 @@ class Scores(nn.Module):
         """{layer: boolean like its weight}; Fault if a score is not finite."""
         if not all(s.isfinite().all() for s in self.s):
             raise Fault("a score is not finite: training has diverged (try a lower --prune-lr, or --amp off)")
-        return {name: choose_mask(s, self.ratio, layer.weight) for s, (name, layer) in zip(
-            self.s, self.layers.items())}
+        weights = {name: layer.weight for name, layer in self.layers.items()}
+        return {name: choose_mask(s, self.ratio, w) for s, (name, w) in zip(self.s, weights.items())}
 
     @torch.no_grad()
     def mask_weights_(self):
@@ -167,8 +166,7 @@ class Scores(nn.Module):
 # ---------------------------------------------------------------- sound bounds
 
 def plain_layers(model):
-    """The layers of a chain of convolutions (padded by numbers, with zeros), linear layers, ReLU and Flatten;
-    Fault where no bound is known."""
+    """The layers of a chain that ends in a linear one; Fault where no bound is known of one of them."""
     layers = list(model) if isinstance(model, nn.Sequential) else [model]
     for layer in layers:
         odd = isinstance(layer, nn.Conv2d) and (layer.padding_mode, type(layer.padding)) != ("zeros", tuple)
@@ -246,11 +244,10 @@ def symbolic_margins(layers, boxes, y, room=2**22):
     boxes, some = list(boxes), max(1, room // max(lower.numel() for lower, _ in boxes))
     for i, layer in enumerate(layers[:-1]):
         if isinstance(layer, nn.ReLU) and i > 1:                     # [G] is exact for one layer
-            shape, units = boxes[i][0].shape, torch.arange(boxes[i][0][0].numel(), device=y.device)
-            rows = ((part[:, None] == units).to(boxes[i][0]).view(1, -1, *shape[1:])
-                    for part in units.split(some))
+            shape, units = boxes[i][0].shape[1:], torch.arange(boxes[i][0][0].numel(), device=y.device)
+            rows = ((a[:, None] == units).to(boxes[i][0]).view(1, -1, *shape) for a in units.split(some))
             ends = zip(*(linear_bounds(layers[:i], boxes, a, 0, "line") for a in rows))
-            boxes[i] = [torch.cat(end, 1).view(shape) for end in ends]
+            boxes[i] = [torch.cat(end, 1).view(-1, *shape) for end in ends]
     return margins(layers, boxes, y, "line")
 
 

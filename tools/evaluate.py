@@ -20,8 +20,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import (LOSSES, Fault, Parser, UsageFault, balanced, batched, check_device, cli,  # noqa: E402
-                    evaluate, evaluating, fitting, fraction_correct, interval, is_random, load_data, logits_of,
-                    number, per_cent, pgd, progress, radius, read_model, sanity_flags, to_float, whole)
+                    evaluate, evaluating, fitting, fraction_correct, interval, is_random, load_data,
+                    logits_of, number, per_cent, pgd, progress, radius, read_model, sanity_flags, to_float,
+                    whole)
 
 
 def get_args(argv=None):
@@ -29,7 +30,8 @@ def get_args(argv=None):
     parser.add_argument("model", help="a model.pt or dense.pt")
     parser.add_argument("--dataset", help="default: the one it was made for, and so for the attack")
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--workers", type=whole(1, 256), default=8, help="decoding threads; for photos, processes")
+    parser.add_argument("--workers", type=whole(1, 256), default=8,
+                        help="decoding threads; for photos, processes")
     parser.add_argument("--eval-images", type=whole(0), help="a balanced subset; 0: all (on a CPU: 1000)")
     parser.add_argument("--epsilon", type=radius)
     parser.add_argument("--step-size", type=radius, help="the first one")
@@ -46,6 +48,7 @@ def get_args(argv=None):
     parser.add_argument("--smoothing-draws", type=whole(100, 10**7), help="an image (default: 10000)")
     parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--device", default="auto")
+    parser.set_defaults(train_images=0)                              # all, of which none is used
     args = parser.parse_args(argv)
     if not args.smoothing:
         parser.refuse(args, "without --smoothing", "smoothing_images", "smoothing_draws")
