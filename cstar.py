@@ -18,9 +18,8 @@ S, C, k: output and input channels, kernel. A 1x1 kernel or linear layer is a ma
 
 Sources. The paper's body was not available: from its abstract come [A], low rank in one framework
 with robustness, ranks determined globally, and ratios 2 to 64. [B] and [E] to [H] are those of the same
-group's Tucker-2 ADMM code (Yin et al., CVPR 2021), with the adversarial loss put in. [C], [D], the rule for
-rho and every epoch count are our reconstruction; ours are --budget macs and a floor in [D], which no rank is
-below unless the budget is too small for it. The first convolution and the classifier stay dense.
+group's Tucker-2 ADMM code (Yin et al., CVPR 2021), with the adversarial loss put in. [C], [D], rates, rho and
+epochs are our reconstruction, --budget macs and the floor in [D] ours. First and last layer stay dense.
 
   python cstar.py --dataset digits                     two minutes on two CPU cores, no network
   python cstar.py --arch resnet18 --ratio 16           CIFAR-10 at full width, for a GPU
@@ -366,16 +365,14 @@ def main(argv=None):
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, strength=strength)
         run.log(epoch=epoch + 1, **fields, strength=strength)
     layers = factorisable(model)
-
     def save_dense_and_choose_ranks():
         save_model(run.folder / "dense.pt", run.script, "dense", network, model, args)
         weights = {name: m.weight.detach().cpu() for name, m in layers.items()}
         return choose_ranks(weights, budget, args.rank_rule, places)
     ranks = run.compute_once("ranks", save_dense_and_choose_ranks, dict)             # [D]
 
-    # Phase 2: ADMM pulls the dense weights towards those ranks. W follows Z - U with time constant
-    # (1 - momentum) / (lr rho) steps; at the first rate three of them fit an epoch, the interval of updates.
-    # The rate falls from the first step on: while it rose, U would wind up before W can follow.
+    # Phase 2: ADMM pulls the dense weights towards those ranks. W follows Z - U in (1 - momentum) / (lr rho)
+    # steps, thrice in the first epoch. The rate only falls: while it rose, U would wind up before W follows.
     rho = args.rho or 3 * (1 - args.momentum) / (args.admm_lr * data.steps(args.batch_size))
     admm = ADMM(layers, ranks, rho, args.hooi)
     optimizer, schedule = make_optimizer(model, args.admm_lr, args.admm_epochs, data, args, rise=0.0)
@@ -389,10 +386,9 @@ def main(argv=None):
     model = prepare(factorise_(model, ranks, args.hooi), args)       # [H]
     if not run.saved:                                                # else last.pt holds them
         reestimate_batchnorm_(model, data.batches(args.batch_size, run.generator))
-        source = copy.deepcopy(model).eval()                         # from clean images to adversarial ones
-        attack = args.epsilon, args.step_size, args.num_steps
-        attacked = ((pgd(source, x, y, *attack), y) for x, y in data.batches(args.batch_size, run.generator))
-        reestimate_batchnorm_(model, attacked)
+        source = copy.deepcopy(model).eval()                         # is attacked for what training sees
+        reestimate_batchnorm_(model, ((pgd(source, x, y, args.epsilon, args.step_size, args.num_steps), y)
+                                      for x, y in data.batches(args.batch_size, run.generator)))
     optimizer, schedule = make_optimizer(model, args.finetune_lr, args.finetune_epochs, data, args)
     for epoch in run.epochs("finetune", model=model, optimizer=optimizer, schedule=schedule):
         run.log(epoch=epoch + 1, **train_epoch(model, run.batches(), optimizer, schedule, args))
