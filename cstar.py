@@ -304,7 +304,7 @@ def build(artifact):
 
 @torch.no_grad()
 def reestimate_batchnorm_(model, batches, most=200):
-    """Running statistics become plain averages over at most `most` batches: the cut moved every activation."""
+    """Running statistics become averages over at most `most` batches: the cut moved every activation."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     before = [m.momentum for m in norms]
     for m in norms:
