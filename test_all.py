@@ -3,7 +3,6 @@
 Tests against independent libraries (foolbox, pyautoattack, scikit-learn, scipy, tensorly, torchao) are
 skipped where those are not installed. Break the code once and watch the test of that line fail.
 """
-import argparse
 import ast
 import contextlib
 import copy
@@ -620,6 +619,16 @@ def test_cstar_batch_norm_is_the_average_over_batches():
     average = torch.stack([x.mean((0, 2, 3)) for x, _ in batches[:3]]).mean(0)
     assert torch.allclose(model[0].running_mean, average, atol=1e-6)
     assert model[0].momentum == 0.1
+
+
+def test_cstar_statistics_after_the_cut_are_of_attacked_images(tmp_path, monkeypatch):
+    """Attacked, by an attack that makes all images black: the first convolution then gives zeros."""
+    unevaluated(monkeypatch)
+    for pgd, black in ((common.pgd, False), (lambda model, x, *_: 0 * x, True)):
+        monkeypatch.setattr(cstar, "pgd", pgd)
+        tiny(tmp_path / str(black), "--admm-epochs", "0", "--finetune-epochs", "0", "--pretrain-epochs", "1")
+        mean = common.load_model(tmp_path / str(black) / "model.pt").bn1.running_mean
+        assert (mean.abs().max() == 0) == black
 
 
 # ---------------------------------------------------------------- ADMM pruning
