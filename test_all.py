@@ -43,23 +43,22 @@ from tools import evaluate as judges
 
 HERE = Path(__file__).parent
 SCRIPTS = [cstar, admm_prune, hydra_prune, binary_relax]
+PHASE = dict(zip(SCRIPTS, ("admm", "admm", "prune", "relax")))
 every_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 SHIPPED = HERE / "results" / "digits-cstar-s0"
 TINY = ("--dataset digits --arch resnet18 --width 1 --train-images 128 --eval-images 40 --batch-size 32 "
         "--pretrain-epochs 2 --admm-epochs 2 --finetune-epochs 2 --num-steps 2 --eval-steps 3 --restarts 1 "
         "--ratio 4 --device cpu").split()
+UNTRAINED = "--pretrain-epochs 0 --admm-epochs 0 --finetune-epochs 0".split()
 Stop = type("Stop", (Exception,), {})
 Terminal = type("Terminal", (io.StringIO,), dict(isatty=lambda self: True))
 torch.set_num_threads(1)
 
 
 def tiny(folder, *more, script=cstar):
-    flags = " ".join(TINY)
-    if script is hydra_prune:
-        flags = flags.replace("--admm-epochs", "--prune-epochs")
+    flags = " ".join(TINY).replace("admm", PHASE[script])
     if script is binary_relax:
         flags = flags.replace("resnet18", "enresnet --depth 8 --noise 0").replace("--ratio 4", "--bits 2")
-        flags = flags.replace("--admm-epochs", "--relax-epochs")
     return script.main([*flags.split(), "--output", str(folder), *more])
 
 
@@ -80,6 +79,19 @@ def sgd(parameters, lr, **more):
 def unevaluated(monkeypatch):
     """From here on runs end with their model.pt and give what is only the script's: evaluation takes long."""
     monkeypatch.setattr(common.Run, "finish", lambda run, *judge, **more: more)
+
+
+def stopped(saves, run):
+    """run(), stopped right after its checkpoint of that number."""
+    save, count = common.Run.save, itertools.count(1)
+
+    def stopping(run, *args):
+        save(run, *args)
+        if next(count) == saves:
+            raise Stop
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(common.Run, "save", stopping)
+        run()
 
 
 def weights_of(path):
@@ -803,9 +815,9 @@ def test_pruning_keeps_its_count_in_every_layer_and_writes_a_smaller_file(
     assert ("tools/evaluate.py" in capsys.readouterr().out.splitlines()[-1]) == (objective == "smooth")
 
 
-def phases_of(folder, method="admm"):
+def phases_of(folder, script=cstar):
     phases = [line.get("phase") for line in log_of(folder)]
-    return [phases.count(phase) for phase in ("pretrain", method, "finetune")]
+    return [phases.count(phase) for phase in ("pretrain", PHASE[script], "finetune")]
 
 
 def test_admm_modes_spend_the_same_epochs_on_networks_of_one_size(tmp_path):
@@ -828,8 +840,7 @@ def test_admm_ticket_is_the_initial_network_cut_like_the_pruned_one(whole, tmp_p
     assert all(torch.equal(ticket["state"][k], v) for k, v in initial.state_dict().items())
     common.apply_masks_(initial, ticket["masks"])
     small, _ = common.remove_filters_(initial, ticket["masks"])
-    flags = [*TINY, *"--pretrain-epochs 0 --admm-epochs 0 --finetune-epochs 0".split(), "--output",
-             str(tmp_path / "run")]
+    flags = [*TINY, *UNTRAINED, "--output", str(tmp_path / "run")]
     admm_prune.main([*flags, "--mode", "ticket", "--ticket", path])
     cut = weights_of(tmp_path / "run/model.pt")
     assert all(torch.equal(cut[k], v) for k, v in small.state_dict().items())
@@ -1508,7 +1519,7 @@ def test_relax_run_writes_a_smaller_file_of_few_values(whole, bits, more):
     assert result["bytes"] == os.path.getsize(folder / "model.pt")
     assert (result["bytes"] < result["dense_bytes"]) == (bits < 32)
     lam = [line.get("lam") for line in log_of(folder) if line.get("phase") == "relax"]
-    assert lam == ([1, 350**0.5] if bits < 32 else [None, None]) and phases_of(folder, "relax") == [2, 2, 2]
+    assert lam == ([1, 350**0.5] if bits < 32 else [None, None]) and phases_of(folder, binary_relax) == [2, 2, 2]
 
 
 def test_relax_quantises_the_networks_of_common_from_a_dense_one(whole, finished, tmp_path, monkeypatch):
@@ -1552,16 +1563,8 @@ def test_cstar_run_writes_a_smaller_file_that_is_what_it_reports(finished, digit
 def test_resume_equals_the_uninterrupted_run_bit_for_bit(whole, tmp_path, monkeypatch, script, more, saves):
     """Stopped right after the n-th checkpoint: before, within and at the end of each of the three phases."""
     more = {admm_prune: "--rho-growth 2", binary_relax: "--noise 0.1"}.get(script, more).split()
-    folder, save, count, run = whole(script, *more)[0], common.Run.save, itertools.count(1), tmp_path / "run"
-
-    def stopping(run, *args):
-        save(run, *args)
-        if next(count) == saves:
-            raise Stop
-    monkeypatch.setattr(common.Run, "save", stopping)
-    with pytest.raises(Stop):
-        tiny(run, *more, script=script)
-    monkeypatch.undo()
+    folder, run = whole(script, *more)[0], tmp_path / "run"
+    stopped(saves, lambda: tiny(run, *more, script=script))
     torch.manual_seed(12345)                                     # whatever came between
     if script is not cstar:                                      # one script is enough for the evaluation
         unevaluated(monkeypatch)
@@ -1633,8 +1636,7 @@ def test_admm_that_did_not_converge_is_told_by_its_smallest_residual(script, tmp
         return admm.residuals[-1] if script is cstar else (admm.residuals[-1], 0.0)
     monkeypatch.setattr(script.ADMM, "update", update)
     unevaluated(monkeypatch)
-    tiny(tmp_path / "run", *"--admm-epochs 3 --pretrain-epochs 0 --finetune-epochs 0 --num-steps 0".split(),
-         script=script)
+    tiny(tmp_path / "run", *UNTRAINED, "--admm-epochs", "3", script=script)
     assert "the residual grew" in log_of(tmp_path / "run")[-1]["note"]
 
 
@@ -2161,18 +2163,22 @@ def test_results_hold_the_log_that_ends_in_their_result(folder, digits):
 
 
 # ---------------------------------------------------------------- several processes
-def begin(rank, count, port, work, *args):
+def begin(rank, count, port, found, work, *args):
     os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
                        TORCHELASTIC_USE_AGENT_STORE="True")
     common.join()
-    work(*args)
+    found.put((rank, work(*args)))
 
 
 def together(count, work, *args):
-    """work(*args) in processes that meet as torchrun's do, forked from one that only imported this file."""
+    """What work(*args) gives in each of several processes, which meet as torchrun's do. They are forked from
+    one that has only imported this file."""
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_all"])
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["test_all"])
-    torch.multiprocessing.start_processes(begin, (count, store.port, work, *args), count, start_method="forkserver")
+    args = count, store.port, (found := context.SimpleQueue()), work, *args
+    torch.multiprocessing.start_processes(begin, args, count, start_method="forkserver")
+    return [value for _, value in sorted(found.get() for _ in iter(found.empty, True))]
 
 
 class Halves(nn.Module):
@@ -2187,92 +2193,84 @@ class Halves(nn.Module):
 
 
 def train(name, folder, norm):
-    """A run, without random starts, of LeNet; or with `norm`, of batch norms, of ResNet-18 in float64."""
-    script, phase = importlib.import_module(name), dict(hydra_prune="prune", binary_relax="relax").get(name, "admm")
-    size = "--ratio 1.2" if phase != "relax" else "--bits 2 --finetune-epochs 0"     # equal sums: rounding decides
-    more = "--arch lenet --width 4" if not norm else "--pretrain-epochs 1"
-    script.pgd = functools.partial(common.pgd, random_start=False)
-    common.Run.finish = lambda run, *judge, **more: more
-
+    """A run, without random starts, of LeNet; or with `norm`, of batch norms, of ResNet-18 in float64. Returns
+    the seed of the process."""
     def build(**network):
         model = common.build_network(**network).double()
         for name, m in [(name, m) for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]:
             model.set_submodule(name, norm(m))
         return model
+    script = importlib.import_module(name)
+    script.pgd = functools.partial(common.pgd, random_start=False)
+    unevaluated(pytest.MonkeyPatch())
     if norm:
         script.build_network, common.to_float = build, lambda images: images.double() / 255
-    flags = " ".join(TINY).replace("admm", phase).replace("--ratio 4", size)
-    script.main(f"{flags} {more} --amp off --output {folder}".split())
-    (folder / f"seed {torch.initial_seed()}").touch()
+    flags = " ".join(TINY).replace("admm", PHASE[script]) + (
+        " --pretrain-epochs 1" if norm else " --arch lenet --width 4 --ratio 1.2")
+    if script is binary_relax:                                   # sums are equal but for rounding, which decides
+        flags = flags.replace("--ratio 4", "--finetune-epochs 0").replace("--ratio 1.2", "--bits 2")
+    script.main([*flags.split(), "--amp", "off", "--output", str(folder)])
+    return torch.initial_seed()
 
 
 @pytest.mark.parametrize("script, norms", [*((s, (None, None)) for s in SCRIPTS), (cstar, (Halves, copy.copy))])
 def test_two_processes_train_the_weights_of_one(tmp_path, script, norms):
-    """Batch norms have the statistics of their shares; what is saved is the mean."""
-    for count, norm in zip((1, 2), norms):
-        together(count, train, script.__name__, tmp_path / str(count), norm)
-    phases = 1 if norm else 2
-    for name, key in (("dense.pt", None), ("last.pt", "states"))[:phases]:
-        one, two = (common.read_file(tmp_path / n / name)["states"]["model"] if key else
-                    common.read_artifact(tmp_path / n / name)["state"] for n in "12")
-        for name, t in two.items():
-            parts = [v for k, v in one.items() if re.sub(r"norms\.\d\.", "", k) == name]
-            assert (t - sum(parts) / len(parts)).abs().max() < (1e-10 if norm else 1e-6)
-    logs = [[json.loads(line) for line in open(tmp_path / n / "log.jsonl")][1:1 + phases] for n in "12"]
-    assert all(two[key] == pytest.approx(one[key]) for one, two in zip(*logs) for key in one.keys() - {"seconds"})
-    assert len([*(tmp_path / "2").glob("seed*")]) == 2           # noise is each process's own
+    """Batch norms have the statistics of their shares; what is saved is the mean. Noise is each's own."""
+    folders = [tmp_path / "one", tmp_path / "two"]
+    _, *seeds = [seed for count, folder, norm in zip((1, 2), folders, norms)
+                 for seed in together(count, train, script.__name__, folder, norm)]
+    one, two = (common.read_artifact(folder / "dense.pt")["state"] if any(norms) else
+                common.read_file(folder / "last.pt")["states"]["model"] for folder in folders)
+    for name, t in two.items():
+        parts = [v for k, v in one.items() if re.sub(r"norms\.\d\.", "", k) == name]
+        assert (t - sum(parts) / len(parts)).abs().max() < (1e-10 if any(norms) else 1e-6)
+    for one, two in list(zip(*map(log_of, folders)))[1:2 if any(norms) else 3]:
+        assert all(two[key] == pytest.approx(one[key]) for key in one.keys() - {"seconds"})
+    assert len({*seeds}) == 2
 
 
-def judge(folder):
-    """What a process finds of three networks, and how many images of the first it has attacked."""
-    attacked, pgd, attack = [], common.pgd, dict(epsilon=0.2, step_size=0.1, num_steps=3)
+def judge():
+    """How many images of a network a process attacks, and what it finds of that and two other networks."""
+    attacked, pgd, attack = [], common.pgd, dict(epsilon=0.2, step_size=0.1, num_steps=3, restarts=2)
     common.pgd = lambda model, x, *args, **more: attacked.append(len(x)) or pgd(model, x, *args, **more)
-    images = common.load_data(cstar.get_args(["--dataset", "digits", "--device", "cpu"])).test
-    model, few = common.load_model(SHIPPED / "model.pt"), [t[:60] for t in images]
+    images, model = common.load_data(digits_args(cstar)).test, common.load_model(SHIPPED / "model.pt")
+    found, few = [common.evaluate(model, images, **attack), sum(attacked)], [t[:60] for t in images]
     noisy = Wrapped(model, lambda model, x: model(x + 0.01 * torch.randn_like(x)))
-    found = [sum(attacked), common.evaluate(model, images, **attack), sum(attacked)]
     torch.manual_seed(0)
     chain = common.build_network("cnn_small", 2, 1, 10, (8, 8))
     found += [hydra_prune.verify(chain, few, 0.01, torch.ones(60) == 1), common.evaluate(noisy, few, **attack)]
-    (folder / f"{common.world()}{common.rank()}").write_text(json.dumps(found[1:]))
+    return found.pop(1), found
 
 
-def test_two_processes_find_the_accuracies_of_one_and_attack_no_image_twice(tmp_path):
-    for count in (1, 2):
-        together(count, judge, tmp_path)
-    one, *two = (json.loads((tmp_path / name).read_text()) for name in ("10", "20", "21"))
-    attacked = [found.pop(1) for found in (one, *two)]
-    assert attacked[0] == attacked[1] + attacked[2] > attacked[1] > 0 and one == two[0] == two[1]
+def test_two_processes_find_the_accuracies_of_one_and_attack_no_image_twice():
+    (attacked, one), (first, two), (second, again) = together(1, judge) + together(2, judge)
+    assert attacked == first + second > first > 0 and one == two == again
     assert 0 < one[0]["robust_acc"] < one[0]["clean_acc"] and 0 < one[1]["verified_acc"] < 100
 
 
-def stop_and_resume(folder, more):
-    finish, save, count = common.Run.finish, common.Run.save, itertools.count(1)
-    common.Run.finish = lambda run, *judge, **more: more
-    tiny(folder / "whole", *more)
-    common.Run.save = lambda run, *args: [save(run, *args), next(count) == 4 and sys.exit()]
-    with contextlib.suppress(SystemExit):
-        tiny(folder / "run", *more)
+def stop_and_resume(folder):
+    unevaluated(patch := pytest.MonkeyPatch())
+    tiny(folder / "whole")
+    stopped(4, lambda: tiny(folder / "run"))
     if common.rank() == 0:
         shutil.copytree(folder / "run", folder / "one")
-    common.Run.save, common.Run.finish = save, finish
-    assert tiny(folder / "run", *more, "--resume")["processes"] == 2
+    patch.undo()
+    return tiny(folder / "run", "--resume")["processes"]
 
 
 def test_two_processes_resume_bit_for_bit_and_one_goes_on_where_they_stopped(tmp_path, monkeypatch):
-    more = ["--train-images", "64"]
-    together(2, stop_and_resume, tmp_path, more)
+    assert together(2, stop_and_resume, tmp_path) == [2, 2]
     assert (tmp_path / "whole/model.pt").read_bytes() == (tmp_path / "run/model.pt").read_bytes()
     assert json.loads((tmp_path / "run/result.json").read_text())["processes"] == 2
     unevaluated(monkeypatch)
-    tiny(tmp_path / "one", *more, "--resume")
-    logs = [open(tmp_path / name / "log.jsonl").readlines() for name in ("whole", "run", "one")]
-    assert [len(log) for log in logs] == [7, 8, 7] and logs[1][:3] == logs[2][:3]
+    tiny(tmp_path / "one", "--resume")
+    whole, run, one = (log_of(tmp_path / name) for name in ("whole", "run", "one"))
+    assert (len(whole), len(run), len(one)) == (7, 8, 7) and run[:3] == one[:3]
 
 
 def refuse(folder):
     sys.argv, sys.stderr = ["cstar.py"], open(folder / "errors", "a", buffering=1)
-    common.cli(lambda: cstar.main(["--dataset", "digits", "--batch-size", "31", "--output", str(folder / "run")]))
+    common.cli(lambda: tiny(folder / "run", "--batch-size", "31"))
 
 
 def leave():
@@ -2298,42 +2296,39 @@ def test_two_processes_say_what_ended_them_once(tmp_path):
     assert run.returncode == 1 and re.match("pretrain 1/500: another pro|stopped; .*torchrun --nproc.*--resume", said)
 
 
-@every_script
-def test_every_script_ships_a_network(script):
-    shipped = [json.loads(path.with_name("result.json").read_text())["script"]
-               for path in (HERE / "results").glob("*/model.pt")]
-    assert script.__name__ in shipped
-
-
 # ---------------------------------------------------------------- photos, and networks that others trained
 @pytest.fixture
 def zoo(tmp_path, monkeypatch):
     """Flags of a set of 16 + 4 photos of different sizes in two classes, a dark one and a light one."""
     from PIL import Image
     monkeypatch.setattr(common, "PHOTO", 32)
-    for split, label, i in [(*place, i) for place in itertools.product(("train", "val"), (0, 1)) for i in range(8)]:
+    for split, label, i in itertools.product(("train", "val"), (0, 1), range(8)):
         if split == "train" or i < 2:
-            (folder := tmp_path / "zoo" / split / f"class{label}").mkdir(parents=True, exist_ok=True)
-            generator = np.random.default_rng(10 * i + label)
+            folder, generator = tmp_path / "zoo" / split / f"class{label}", np.random.default_rng(10 * i + label)
+            folder.mkdir(parents=True, exist_ok=True)
             pixels = generator.integers(90 * label, 160 + 90 * label, (5 + i, 9, 3), np.uint8)
             Image.fromarray(pixels).resize((60 - 3 * i, 40 + 9 * i)).save(folder / f"{i}.jpg")
-    return (f"--dataset zoo --data-dir {tmp_path} --epsilon 4/255 --device cpu --batch-size 8 --num-steps 1 --lr 0.01 "
-            "--eval-steps 2 --restarts 1 --pretrain-epochs 0 --amp off --finetune-epochs 2").split()
+    return (f"--dataset zoo --data-dir {tmp_path} --epsilon 4/255 --device cpu --batch-size 8 --num-steps 1 --lr "
+            "0.01 --eval-steps 2 --restarts 1 --pretrain-epochs 0 --finetune-epochs 2 --amp off --output").split()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_photos_are_cut_by_seed_epoch_and_index_whatever_the_workers_and_the_batches(zoo, tmp_path):
     from torchvision.io import decode_image
     from torchvision.transforms import v2
-    (data, other), epochs = (common.load_data(cstar.get_args([*zoo, "--workers", n])) for n in "13"), []
-    for one, generator in ((data, torch.Generator()), (other, torch.Generator())):
-        epochs.append([torch.cat([x for x, _ in one.batches(4, generator)]) for _ in range(2)])
-    assert all(map(torch.equal, *epochs)) and epochs[0][0].shape == (16, 3, 32, 32)
-    seen = [list(data.train[0].load(map(torch.tensor, batches), "cpu", seed)) for batches, seed in (
-        ([[3, 7, 0], [5]], 1), ([[5, 0], [7]], 1), ([[5, 0]], 2))]
-    assert torch.equal(seen[0][0][[1, 2]], torch.stack([seen[1][1][0], seen[1][0][1]]))
-    assert torch.equal(seen[0][1][0], seen[1][0][0]) and not (seen[1][0] == seen[2][0]).flatten(1).all(1).any()
-    paths = [tmp_path / "zoo/val" / f"class{label}/{i}.jpg" for i in (0, 1) for label in (0, 1)]           # balanced
+    data, other = (common.load_data(cstar.get_args([*zoo, "x", "--workers", n])) for n in "13")
+    generators = torch.Generator(), torch.Generator()
+    for _ in range(2):
+        epoch, again = (torch.cat([x for x, _ in one.batches(4, generator)])
+                        for one, generator in zip((data, other), generators))
+        assert torch.equal(epoch, again) and epoch.shape == (16, 3, 32, 32)
+
+    def load(seed, *batches):
+        return torch.cat([*data.train[0].load(map(torch.tensor, batches), "cpu", seed)])
+    images = load(1, [3, 7, 0], [5])
+    assert torch.equal(images[[3, 2, 1]], load(1, [5, 0], [7]))
+    assert not (images[[3, 2]] == load(2, [5, 0])).flatten(1).all(1).any()
+    paths = [tmp_path / "zoo/val" / f"class{label}/{i}.jpg" for i in (0, 1) for label in (0, 1)]     # balanced
     middle = v2.Compose([v2.Resize(36), v2.CenterCrop(32)])
     assert torch.equal(data.test[0], torch.stack([middle(decode_image(str(p), "RGB")) for p in paths]))
     x, y = next(data.batches(16, torch.Generator()))
@@ -2345,33 +2340,23 @@ def test_photos_are_cut_by_seed_epoch_and_index_whatever_the_workers_and_the_bat
 def test_photo_that_is_none_is_one_sentence_with_its_path(zoo, tmp_path, monkeypatch, split, spoil):
     path = tmp_path / "zoo" / split / "class1/1.jpg"
     path.write_bytes(spoil(path.read_bytes()))
-    argv = [*zoo, "--width", "1", "--output", str(tmp_path / "run")]
-    status, errors = run_cli(cstar.main, argv, monkeypatch)
-    assert status == 1 and errors.count("\n") == 1 and re.search(rf"{path} cannot be read.*\([^/]*\)$", errors), errors
+    argv = [*zoo, tmp_path / "run", "--width", 1]
+    ends(cstar.main, argv, monkeypatch, 1, rf"{path} cannot be read.*\([^/]*\)$")
 
 
 @every_script
 def test_photos_resume_bit_for_bit(zoo, tmp_path, monkeypatch, script):
-    phase, save = {hydra_prune: "prune", binary_relax: "relax"}.get(script, "admm"), common.Run.save
-    argv = [*zoo, "--arch", "resnet18", "--width=1", f"--{phase}-epochs=1", "--output", str(tmp_path / "run")]
-
-    def stopping(run, epoch, stateful):
-        save(run, epoch, stateful)
-        if (run.phase, epoch) == ("finetune", 1):
-            raise Stop
+    whole, run, more = tmp_path / "whole", tmp_path / "run", f"--width=1 --{PHASE[script]}-epochs=1".split()
     unevaluated(monkeypatch)
-    script.main([*argv[:-1], str(tmp_path / "whole")])
-    monkeypatch.setattr(common.Run, "save", stopping)
-    with pytest.raises(Stop):
-        script.main(argv)
-    monkeypatch.setattr(common.Run, "save", save)
-    script.main([*argv, "--resume"])
-    assert same_weights(tmp_path / "whole/model.pt", tmp_path / "run/model.pt")
+    script.main([*zoo, str(whole), "--arch=resnet18", *more])
+    stopped(5, lambda: script.main([*zoo, str(run), "--arch=resnet18", *more]))
+    assert common.read_file(run / "last.pt")["epoch"] == 1
+    script.main([*zoo, str(run), "--arch=resnet18", *more, "--resume"])
+    assert same_weights(whole / "model.pt", run / "model.pt")
 
 
 def test_torchvision_network_comes_to_its_result_within_cstars_budget(zoo, tmp_path):
-    argv = [*zoo, "--arch", "imagenet_resnet18", "--admm-epochs", "0", "--output", str(tmp_path / "run")]
-    result = cstar.main(argv)
+    result = cstar.main([*zoo, str(tmp_path / "run"), "--arch", "imagenet_resnet18", "--admm-epochs", "0"])
     assert result["images"] == 4 and 16 <= result["params_ratio"] < 16.1 and result["bytes_ratio"] > 15
 
 
@@ -2394,22 +2379,24 @@ def test_torchvision_networks_are_their_own_and_lose_filters_exactly(arch):
     assert sum(p.numel() for p in small.parameters()) < 0.45 * before
 
 
-PUBLISHED = [lambda state: state, lambda state: dict(state_dict=state, epoch=9, best=torch.tensor(1.0)),
-             lambda state: {"net": {f"module.{k}": t for k, t in state.items()}, "acc": 95.0},
-             lambda state: {"model": {f"model.{k}": t.half() if t.dim() else t for k, t in state.items()}},
-             lambda state: {"model": {f"module.{a}model.{k}": t for a in ("attacker.", "") for k, t in state.items()}}]
+def prefixed(state, *prefixes):
+    return {prefix + k: t for k, t in state.items() for prefix in prefixes}
+
+
+PUBLISHED = [dict, lambda state: dict(state_dict=state, epoch=9, best=torch.tensor(1.0)),
+             lambda state: dict(net=prefixed(state, "module."), acc=95.0),
+             lambda state: dict(model=prefixed({k: t.half() if t.dim() else t for k, t in state.items()}, "model.")),
+             lambda state: dict(model=prefixed(state, "module.attacker.model.", "module.model."))]
 
 
 @pytest.mark.parametrize("form", PUBLISHED)
-@pytest.mark.parametrize("rename", [lambda k: k, lambda k: k.replace("shortcut", "downsample").replace("linear", "fc")])
-def test_pretrained_takes_what_others_published_with_their_normalisation(tmp_path, monkeypatch, digits, form, rename):
-    own, images = shaken("resnet18", 1, 1, 8, torch.float32).half().float().eval(), common.to_float(digits.test[0][:40])
-    torch.save(form({rename(k): t for k, t in own.state_dict().items()}), tmp_path / "theirs.pt",
-               _use_new_zipfile_serialization=form is not PUBLISHED[0])
+@pytest.mark.parametrize("names", [("shortcut", "linear"), ("downsample", "fc")])
+def test_pretrained_takes_what_others_published_with_their_normalisation(tmp_path, monkeypatch, digits, form, names):
+    own, images = shaken("resnet18", 1, 1, 8).half().float().eval(), common.to_float(digits.test[0][:40])
+    theirs = {k.replace("shortcut", names[0]).replace("linear", names[1]): t for k, t in own.state_dict().items()}
+    torch.save(form(theirs), path := tmp_path / "theirs.pt", _use_new_zipfile_serialization=form is not dict)
     unevaluated(monkeypatch)
-    argv = (f"--admm-epochs 0 --finetune-epochs 0 --mean 0.3 --std 0.5 --pretrained {tmp_path}/theirs.pt --output "
-            f"{tmp_path}/run").split()
-    cstar.main([*TINY[:TINY.index("--pretrain-epochs")], *TINY[TINY.index("--num-steps"):], *argv])
+    tiny(tmp_path / "run", *UNTRAINED, "--pretrained", str(path), *"--mean 0.3 --std 0.5".split())
     with torch.no_grad():                                        # others normalise outside of the network
         assert torch.equal(common.load_model(tmp_path / "run/dense.pt")(images), own((images - 0.3) / 0.5))
     artifact, compact = common.read_model(tmp_path / "run/model.pt")
@@ -2417,20 +2404,18 @@ def test_pretrained_takes_what_others_published_with_their_normalisation(tmp_pat
     assert sum(p.numel() for p in compact.parameters()) <= sum(p.numel() for p in own.parameters()) / 4
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda s: s | {"linear.weight": torch.zeros(9, 32)}, r"its linear.weight is \(9, 32\), wanted: \(10, 32\)"),
-    (lambda s: s | {"mu": torch.zeros(1)}, "its mu has no place"), (lambda s: [s], r"conv1.weight is missing, wanted: \(4"),
-    (lambda s: s | {"bn1.bias": s["bn1.bias"] * math.nan}, "bn1.bias is not finite"),
-    (lambda s: {k: t for k, t in s.items() if k != "bn1.bias"}, "bn1.bias is missing"),
-    (lambda s: s | {"hostile": Hostile()}, "could run code")])
-def test_pretrained_that_does_not_fit_is_one_sentence_and_runs_no_code(tmp_path, monkeypatch, change, words):
+@pytest.mark.parametrize("words, change", [
+    (r"its linear.weight is \(9, 32\), wanted: \(10, 32\)", {"linear.weight": torch.zeros(9, 32)}),
+    ("its mu has no place", {"mu": torch.zeros(1)}), ("bn1.bias is missing", {"bn1.bias": None}),
+    (r"conv1.weight is missing, wanted: \(4", {"state_dict": {}}), ("could run code", {"hostile": Hostile()}),
+    ("bn1.bias is not finite", {"bn1.bias": torch.full((4,), math.nan)})])
+def test_pretrained_that_does_not_fit_is_one_sentence_and_runs_no_code(tmp_path, monkeypatch, words, change):
     monkeypatch.chdir(tmp_path)
-    torch.save(change(resnet().state_dict()), "theirs.pt")
+    torch.save(resnet().state_dict() | change, "theirs.pt")
     unevaluated(monkeypatch)
-    status, errors = run_cli(cstar.main, ("--dataset digits --arch resnet18 --width 1 --pretrained theirs.pt --output run "
-                                          "--device cpu --admm-epochs 0 --finetune-epochs 0").split(), monkeypatch)
-    assert status in (1, 2) and errors.count("\n") == 1 and re.search(words, errors), errors
-    assert [p.name for p in tmp_path.iterdir()] == ["theirs.pt"]
+    argv = [*TINY, *UNTRAINED, "--pretrained", "theirs.pt", "--output", "run"]
+    ends(cstar.main, argv, monkeypatch, 1 if "code" in words else 2, words)
+    assert os.listdir() == ["theirs.pt"]
 
 
 def test_normalisation_is_in_the_bounds_and_photos_are_evaluated_a_few_at_a_time():
@@ -2440,8 +2425,8 @@ def test_normalisation_is_in_the_bounds_and_photos_are_evaluated_a_few_at_a_time
     model, sizes = nn.Sequential(nn.AvgPool2d(56), nn.Flatten(), nn.Linear(48, 3)), []
     images = torch.randint(0, 256, (30, 3, 224, 224), dtype=torch.uint8), torch.arange(30) % 3
     model.register_forward_pre_hook(lambda model, inputs: sizes.append(len(inputs[0])))
-    common.evaluate(model, images, **SETTINGS | dict(num_steps=2))
-    common.sanity_flags(model, images, **SETTINGS | dict(num_steps=2))
+    for judge in (common.evaluate, common.sanity_flags):
+        judge(model, images, **SETTINGS | dict(num_steps=1))
     assert sizes.count(30) == 4 and max(sizes) == 30             # the four are to see whether output is random
     small = torch.zeros(300, 3, 32, 32, dtype=torch.uint8), torch.zeros(300)
     assert [[len(x) for x, _ in common.batched(*some)] for some in (images, small)] == [[27, 3], [250, 50]]
