@@ -25,6 +25,7 @@ import time
 from fractions import Fraction
 from pathlib import Path
 from statistics import NormalDist
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -171,15 +172,25 @@ def test_data_crop_and_flip_move_whole_images():
     assert seen == set(views) and len(seen) == 18                # every offset, mirrored and not
 
 
-def write_images(root, mode="RGB", size=(8, 8), count=6):
+def write_images(root, mode="RGB", size=(8, 8), test="test", grow=0):
+    """Six images of each of two classes, a dark and a light one, whose sizes `grow`."""
     from PIL import Image
-    rng = np.random.default_rng(0)
-    for split, label in itertools.product(("train", "test"), ("ant", "bee")):
-        folder = root / split / label
-        folder.mkdir(parents=True)
-        for i in range(count):
-            shape = (*size[::-1], 3) if mode == "RGB" else size[::-1]
-            Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(folder / f"{i}.png")
+    rng, colours = np.random.default_rng(0), (3,) * (mode == "RGB")
+    for split, label, i in itertools.product(("train", test), (0, 1), range(6)):
+        folder, shape = root / split / ("ant", "bee")[label], (size[1] + grow * i, size[0] - grow * i)
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(90 * label, 160 + 90 * label, (*shape, *colours), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.{'jpg' if grow else 'png'}")
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory):
+    """Flags of a set of 12 + 12 photos of different sizes."""
+    write_images((root := tmp_path_factory.mktemp("photos")) / "zoo", size=(45, 40), test="val", grow=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "PHOTO", 32)
+        yield (f"--dataset zoo --data-dir {root} --epsilon 4/255 --train-images 0 --eval-images 0 --batch-size 4 "
+               "--pretrain-epochs 0 --num-steps 1").split()
 
 
 @pytest.mark.parametrize("mode, channels", [("RGB", 3), ("L", 1)])
@@ -1244,7 +1255,8 @@ def test_hydra_crown_ibp_loss_mixes_both_bounds():
         assert all(g.any() for g in torch.autograd.grad(loss, [*model.parameters()]))
 
 
-def test_smoothing_certified_radius_of_a_linear_classifier_is_below_the_true_distance():
+def test_smoothing_radius_is_below_the_true_distance_and_its_curve_falls(robust, digits):
+    """Of a linear classifier; in the curve, what abstains counts as wrong."""
     w, drawn = torch.zeros(2, 4), []
     w[1, 0] = 1.0
     model = linear(w)
@@ -1261,9 +1273,6 @@ def test_smoothing_certified_radius_of_a_linear_classifier_is_below_the_true_dis
     for x, wanted in ((-0.1, (None, 0.0)), (9.0, (1, 0.25 * NormalDist().inv_cdf(0.001 ** (1 / 2000))))):
         image[0, 0, 0] = x                                       # on the plane: it must abstain; far from it
         assert certify(2000) == (wanted[0], pytest.approx(wanted[1]))
-
-
-def test_smoothing_curve_falls_and_counts_what_abstains_as_wrong(robust, digits):
     found = judges.smoothing_curve(robust, digits.test, sigma=0.25, count=20, draws=200)
     curve = list(found["curve"].values())
     assert curve == sorted(curve, reverse=True) and found["images"] == 20 and len(curve) > 3
@@ -1558,11 +1567,12 @@ def test_cstar_run_writes_a_smaller_file_that_is_what_it_reports(finished, digit
 
 
 @pytest.mark.parametrize("script, more, saves", [
-    *itertools.product(SCRIPTS, [""], range(1, 10)),
+    *itertools.product(SCRIPTS, [""], range(1, 10)), *itertools.product(SCRIPTS, ["photos"], [3, 6]),
     *itertools.product([hydra_prune], ["--objective mixtrain --arch cnn_small --mix-images 2"], (2, 5, 8))])
-def test_resume_equals_the_uninterrupted_run_bit_for_bit(whole, tmp_path, monkeypatch, script, more, saves):
+def test_resume_equals_the_uninterrupted_run_bit_for_bit(whole, zoo, tmp_path, monkeypatch, script, more, saves):
     """Stopped right after the n-th checkpoint: before, within and at the end of each of the three phases."""
-    more = {admm_prune: "--rho-growth 2", binary_relax: "--noise 0.1"}.get(script, more).split()
+    special = {admm_prune: "--rho-growth 2", binary_relax: "--noise 0.1"}
+    more = zoo if more == "photos" else special.get(script, more).split()
     folder, run = whole(script, *more)[0], tmp_path / "run"
     stopped(saves, lambda: tiny(run, *more, script=script))
     torch.manual_seed(12345)                                     # whatever came between
@@ -1889,22 +1899,17 @@ def test_bad_class_folders_are_one_sentence(tmp_path, monkeypatch, spoil, words)
 
 
 def test_absent_data_and_divergence_are_one_sentence(tmp_path, monkeypatch):
-    def unreachable(*_, **__):
-        raise OSError("Network is unreachable")
     argv = [*TINY, *"--lr 10 --weight-decay 1 --pretrain-epochs 50".split(), "--output", tmp_path / "run"]
     ends(cstar.main, argv, monkeypatch, 1, r": pretrain \d+/50: .*diverged")
     assert not (tmp_path / "run/result.json").exists()
+    unreachable = Mock(side_effect=OSError("Network is unreachable"))
     monkeypatch.setattr(pytest.importorskip("torchvision.datasets"), "CIFAR10", unreachable)
     ends(cstar.main, ["--data-dir", tmp_path], monkeypatch, 1, "unreachable.*--dataset digits")
 
 
 def test_a_file_is_whole_or_what_it_was_after_a_signal_and_on_a_full_disk(tmp_path, monkeypatch):
-    def stop(*_):
-        raise Stop
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-    content, before = {f"w{i}": torch.zeros(2000) for i in range(500)}, signal.signal(signal.SIGALRM, stop)
+    content = {f"w{i}": torch.zeros(2000) for i in range(500)}
+    before = signal.signal(signal.SIGALRM, Mock(side_effect=Stop))
     try:
         for i in range(40):
             with pytest.raises(Stop):                            # it is no fault of the disk
@@ -1915,7 +1920,7 @@ def test_a_file_is_whole_or_what_it_was_after_a_signal_and_on_a_full_disk(tmp_pa
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     common.save_file(tmp_path / "f.pt", dict(a=1))
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(common.Fault, match="No space left.*MiB are free"):
         common.save_file(tmp_path / "f.pt", dict(a=2))
     assert common.read_file(tmp_path / "f.pt", a=int)["a"] == 1 and not list(tmp_path.glob("*.tmp"))
@@ -2297,67 +2302,44 @@ def test_two_processes_say_what_ended_them_once(tmp_path):
 
 
 # ---------------------------------------------------------------- photos, and networks that others trained
-@pytest.fixture
-def zoo(tmp_path, monkeypatch):
-    """Flags of a set of 16 + 4 photos of different sizes in two classes, a dark one and a light one."""
-    from PIL import Image
-    monkeypatch.setattr(common, "PHOTO", 32)
-    for split, label, i in itertools.product(("train", "val"), (0, 1), range(8)):
-        if split == "train" or i < 2:
-            folder, generator = tmp_path / "zoo" / split / f"class{label}", np.random.default_rng(10 * i + label)
-            folder.mkdir(parents=True, exist_ok=True)
-            pixels = generator.integers(90 * label, 160 + 90 * label, (5 + i, 9, 3), np.uint8)
-            Image.fromarray(pixels).resize((60 - 3 * i, 40 + 9 * i)).save(folder / f"{i}.jpg")
-    return (f"--dataset zoo --data-dir {tmp_path} --epsilon 4/255 --device cpu --batch-size 8 --num-steps 1 --lr "
-            "0.01 --eval-steps 2 --restarts 1 --pretrain-epochs 0 --finetune-epochs 2 --amp off --output").split()
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_photos_are_cut_by_seed_epoch_and_index_whatever_the_workers_and_the_batches(zoo, tmp_path):
+def test_photos_are_cut_by_seed_epoch_and_index_whatever_the_workers_and_the_batches(zoo):
     from torchvision.io import decode_image
     from torchvision.transforms import v2
-    data, other = (common.load_data(cstar.get_args([*zoo, "x", "--workers", n])) for n in "13")
+    data, other = (common.load_data(cstar.get_args([*TINY, *zoo, "--workers", n])) for n in "13")
     generators = torch.Generator(), torch.Generator()
     for _ in range(2):
         epoch, again = (torch.cat([x for x, _ in one.batches(4, generator)])
                         for one, generator in zip((data, other), generators))
-        assert torch.equal(epoch, again) and epoch.shape == (16, 3, 32, 32)
+        assert torch.equal(epoch, again) and epoch.shape == (12, 3, 32, 32)
 
     def load(seed, *batches):
         return torch.cat([*data.train[0].load(map(torch.tensor, batches), "cpu", seed)])
     images = load(1, [3, 7, 0], [5])
     assert torch.equal(images[[3, 2, 1]], load(1, [5, 0], [7]))
     assert not (images[[3, 2]] == load(2, [5, 0])).flatten(1).all(1).any()
-    paths = [tmp_path / "zoo/val" / f"class{label}/{i}.jpg" for i in (0, 1) for label in (0, 1)]     # balanced
+    files = [f"{zoo[3]}/zoo/val/{name}/{i}.jpg" for i in range(6) for name in ("ant", "bee")]        # balanced
     middle = v2.Compose([v2.Resize(36), v2.CenterCrop(32)])
-    assert torch.equal(data.test[0], torch.stack([middle(decode_image(str(p), "RGB")) for p in paths]))
-    x, y = next(data.batches(16, torch.Generator()))
-    assert data.test[1].tolist() == [0, 1, 0, 1] and ((x.mean((1, 2, 3)) > 0.5) == y.bool()).all()
+    assert torch.equal(data.test[0], torch.stack([middle(decode_image(file, "RGB")) for file in files]))
+    x, y = next(data.batches(12, torch.Generator()))
+    assert data.test[1].tolist() == [0, 1] * 6 and ((x.mean((1, 2, 3)) > 0.5) == y.bool()).all()
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("spoil", [lambda data: data[:len(data) // 2], lambda data: b"", lambda data: b"BM" + data])
+@pytest.mark.parametrize("spoil", [
+    lambda data: data[:len(data) // 2], lambda data: b"", lambda data: b"BM" + data])
 def test_photo_that_is_none_is_one_sentence_with_its_path(zoo, tmp_path, monkeypatch, split, spoil):
-    path = tmp_path / "zoo" / split / "class1/1.jpg"
+    shutil.copytree(f"{zoo[3]}/zoo", tmp_path / "zoo")
+    path = tmp_path / "zoo" / split / "bee/1.jpg"
     path.write_bytes(spoil(path.read_bytes()))
-    argv = [*zoo, tmp_path / "run", "--width", 1]
+    argv = [*TINY, *zoo, "--data-dir", tmp_path, "--output", tmp_path / "run"]
     ends(cstar.main, argv, monkeypatch, 1, rf"{path} cannot be read.*\([^/]*\)$")
 
 
-@every_script
-def test_photos_resume_bit_for_bit(zoo, tmp_path, monkeypatch, script):
-    whole, run, more = tmp_path / "whole", tmp_path / "run", f"--width=1 --{PHASE[script]}-epochs=1".split()
-    unevaluated(monkeypatch)
-    script.main([*zoo, str(whole), "--arch=resnet18", *more])
-    stopped(5, lambda: script.main([*zoo, str(run), "--arch=resnet18", *more]))
-    assert common.read_file(run / "last.pt")["epoch"] == 1
-    script.main([*zoo, str(run), "--arch=resnet18", *more, "--resume"])
-    assert same_weights(whole / "model.pt", run / "model.pt")
-
-
 def test_torchvision_network_comes_to_its_result_within_cstars_budget(zoo, tmp_path):
-    result = cstar.main([*zoo, str(tmp_path / "run"), "--arch", "imagenet_resnet18", "--admm-epochs", "0"])
-    assert result["images"] == 4 and 16 <= result["params_ratio"] < 16.1 and result["bytes_ratio"] > 15
+    flags = "--arch imagenet_resnet18 --width 16 --ratio 16 --admm-epochs 0 --finetune-epochs 1"
+    result = tiny(tmp_path / "run", *zoo, *flags.split())
+    assert result["images"] == 12 and 16 <= result["params_ratio"] < 16.1 and result["bytes_ratio"] > 15
 
 
 @pytest.mark.parametrize("arch", ["imagenet_resnet18", "imagenet_resnet50"])
