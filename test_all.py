@@ -3,7 +3,6 @@
 Tests against independent libraries (foolbox, pyautoattack, scikit-learn, scipy, tensorly, torchao) are
 skipped where those are not installed. Break the code once and watch the test of that line fail.
 """
-import argparse
 import ast
 import contextlib
 import copy
@@ -141,13 +140,8 @@ def whole(tmp_path_factory):
 
 
 # ---------------------------------------------------------------- data
-def test_digits_are_those_of_scikit_learn():
-    theirs = pytest.importorskip("sklearn.datasets").load_digits()
-    with np.load(HERE / "data" / "digits.npz") as stored:
-        assert (stored["images"] == theirs.images).all() and (stored["labels"] == theirs.target).all()
-
-
 def test_data_subsets_are_balanced_prefixes_and_an_epoch_is_a_shuffle_without_repetition(digits):
+    """And the digits are those of scikit-learn."""
     images, labels = digits.train[0], digits.train[1].numpy()
     small, large = common.balanced(labels, 50), common.balanced(labels, 200)
     assert (np.bincount(labels[small]) == 5).all() and (np.bincount(labels[large]) == 20).all()
@@ -157,6 +151,9 @@ def test_data_subsets_are_balanced_prefixes_and_an_epoch_is_a_shuffle_without_re
     flat, whole = torch.cat(x).flatten(1), images.float().div(255).flatten(1)
     assert flat.min() == 0 and flat.max() == 1 and not torch.equal(flat, whole[:1400])
     assert len(flat.unique(dim=0)) >= 1400 - (len(whole) - len(whole.unique(dim=0)))
+    theirs = pytest.importorskip("sklearn.datasets").load_digits()
+    with np.load(HERE / "data" / "digits.npz") as stored:
+        assert (stored["images"] == theirs.images).all() and (stored["labels"] == theirs.target).all()
 
 
 def test_data_crop_and_flip_move_whole_images():
@@ -188,8 +185,8 @@ def zoo(tmp_path_factory):
     write_images((root := tmp_path_factory.mktemp("photos")) / "zoo", size=(45, 40), test="val", grow=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "PHOTO", 32)
-        yield (f"--dataset zoo --data-dir {root} --epsilon 4/255 --train-images 0 --eval-images 0 --num-steps 1 "
-               "--batch-size 4 --pretrain-epochs 0").split()
+        yield (f"--dataset zoo --data-dir {root} --epsilon 4/255 --train-images 0 --eval-images 0 "
+               "--batch-size 4 --pretrain-epochs 0 --num-steps 1").split()
 
 
 @pytest.mark.parametrize("mode, channels", [("RGB", 3), ("L", 1)])
@@ -621,8 +618,7 @@ def test_cstar_factorised_layer_equals_the_projected_one(layer, rank, size):
     model = nn.Sequential(copy.deepcopy(layer))
     thin = cstar.factorise_(copy.deepcopy(model), {"0": rank})
     model[0].weight.data = cstar.project(model[0].weight.data, rank)
-    assert isinstance(thin[0], nn.Sequential)
-    assert torch.allclose(thin(x), model(x), atol=1e-5, rtol=1e-5)
+    assert isinstance(thin[0], nn.Sequential) and torch.allclose(thin(x), model(x), atol=1e-5, rtol=1e-5)
     count = cstar.cost(layer.weight.shape, rank) + (layer.bias is not None) * 8
     assert sum(p.numel() for p in thin.parameters()) == count
 
@@ -631,7 +627,7 @@ def test_cstar_batch_norm_is_the_average_over_attacked_batches():
     model = nn.Sequential(nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(18, 2))
     batches = [(torch.rand(8, 2, 3, 3) / 2 + i / 8, torch.arange(8) % 2) for i in range(4)]
     for epsilon in (0.0, 0.1):
-        args = argparse.Namespace(epsilon=epsilon, step_size=0.05, num_steps=3)
+        args = digits_args(cstar, f"--epsilon {epsilon} --step-size 0.05 --num-steps 3")
         torch.manual_seed(0)
         twin = copy.deepcopy(model).train()
         attacked = [common.pgd(twin, *batch, epsilon, 0.05, 3) for batch in batches[:3]]
@@ -1414,16 +1410,6 @@ def test_enresnet_noise_is_relative_seeded_and_of_each_image_alone():
     assert all(block.noise == 0.1 for member in model.members for block in member.blocks)
 
 
-def test_sparsity_counts_zeros_and_dead_input_channels_pooled():
-    a, b = torch.ones(2, 4, 3, 3), torch.ones(4, 2, 1, 1)
-    a[:, 1] = 0
-    a[0, 2] = 0
-    b[3] = 0                                                     # a filter, no input channel
-    assert binary_relax.sparsity([a]) == dict(sparsity=37.5, channel_sparsity=25.0)
-    assert binary_relax.sparsity([a, b]) == dict(sparsity=36.25, channel_sparsity=16.667)     # 29 / 80, 1 / 6
-    assert binary_relax.sparsity([a, a])["channel_sparsity"] == 25
-
-
 @pytest.mark.parametrize("bits, shape", [*itertools.product(BITS, [(1,), (7,), (4, 3, 3, 3)])])
 def test_packed_codes_round_trip(bits, shape):
     levels = torch.tensor([-1.0, 1.0]) if bits == 1 else torch.arange(1.0 - 2 ** (bits - 1), 2 ** (bits - 1))
@@ -1464,6 +1450,7 @@ def test_network_without_dead_channels_equals_the_quantised_one(arch, channels, 
 
 
 def test_a_channel_that_only_removed_filters_read_goes_too_and_one_always_stays():
+    """And sparsity counts zeros and dead input channels, pooled."""
     def encoded(model, network):
         state, codes, _ = binary_relax.encode(model, 2)
         return binary_relax.build(dict(network=network, state=state, **codes)).eval()
@@ -1483,6 +1470,13 @@ def test_a_channel_that_only_removed_filters_read_goes_too_and_one_always_stays(
     model.members[0].blocks[1].conv2.weight.data.zero_()
     small = encoded(model, network)
     assert small.members[0].blocks[1].conv1.out_channels == 1 and small(x.float()).isfinite().all()
+    a, b = torch.ones(2, 4, 3, 3), torch.ones(4, 2, 1, 1)
+    a[:, 1] = 0
+    a[0, 2] = 0
+    b[3] = 0                                                     # a filter, no input channel
+    assert binary_relax.sparsity([a]) == dict(sparsity=37.5, channel_sparsity=25.0)
+    assert binary_relax.sparsity([a, b]) == dict(sparsity=36.25, channel_sparsity=16.667)     # 29 / 80, 1 / 6
+    assert binary_relax.sparsity([a, a])["channel_sparsity"] == 25
 
 
 @pytest.mark.parametrize("bits, more", [*((bits, "") for bits in (*BITS, 32)), (2, "--noise 0.1 --eot 2")])
@@ -2002,7 +1996,7 @@ def test_compare_names_rows_as_a_person_does(finished, tmp_path, capsys, monkeyp
 
 
 def test_compare_refresh_changes_nothing_here_and_repairs_a_table(tmp_path, capsys, monkeypatch):
-    """And all results are one table, in which no run stands twice."""
+    """All results are one table, in which no run stands twice; the picture is that of README's table."""
     def refreshed(copies):
         for name, text in copies.items():
             Path(name).write_text(text)
@@ -2025,9 +2019,6 @@ def test_compare_refresh_changes_nothing_here_and_repairs_a_table(tmp_path, caps
     assert re.findall("[0-9]+ table", refreshed(torn))
     missing = re.sub(r"```\n\n(\|[^\n]*\n)+\n\* Fewer", "```\n\n* Fewer", whole["README.md"])
     assert missing != whole["README.md"] and "1 table changed" in refreshed({"README.md": missing})
-
-
-def test_compare_draws_and_the_picture_is_that_of_readmes_table(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     from PIL import Image
     monkeypatch.chdir(HERE)
@@ -2317,7 +2308,7 @@ def prefixed(state, *prefixes):
 
 PUBLISHED = [dict, lambda state: dict(state_dict=state, epoch=9, best=torch.tensor(1.0)),
              lambda state: dict(net=prefixed(state, "module."), acc=95.0),
-             lambda state: dict(model=prefixed(state, "model.") | {"model.bn1.bias": state["bn1.bias"].half()}),
+             lambda state: dict(model=prefixed({k: t.half() for k, t in state.items()}, "model.")),
              lambda state: dict(model=prefixed(state, "module.attacker.model.", "module.model."))]
 
 
