@@ -154,10 +154,9 @@ def resolve(parser, args, longest_ramp=lambda args: args.pretrain_epochs, **defa
     if args.dataset not in RECIPES and args.epsilon is None:
         parser.error(f"argument --dataset: a folder of your own, {args.dataset}, needs --epsilon; known are "
                      + ", ".join(RECIPES))
-    if args.pretrained:
-        if args.pretrain_epochs:
-            parser.error("argument --pretrain-epochs: not with --pretrained, which skips that phase")
-        args.pretrain_epochs = 0
+    if args.pretrained and args.pretrain_epochs:
+        parser.error("argument --pretrain-epochs: not with --pretrained, which skips that phase")
+    args.pretrain_epochs = 0 if args.pretrained else args.pretrain_epochs
     recipe = parser.recipes.get(args.dataset) or parser.recipes["cifar10"] | dict(step_size=args.epsilon / 4)
     ramp_given = args.ramp_epochs or 0
     for name, value in (recipe | defaults).items():
@@ -181,9 +180,8 @@ def resolve(parser, args, longest_ramp=lambda args: args.pretrain_epochs, **defa
 def check_device(name):
     """'auto', 'cpu', 'cuda' or 'cuda:1' -> 'cpu' or 'cuda:N'; UsageFault if that is not there."""
     here = [*(f"cuda:{i}" for i in range(torch.cuda.is_available() and torch.cuda.device_count())), "cpu"]
-    if world() > 1 and name in ("auto", "cuda") and len(here) > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"                    # each process has its own
-    name = here[0] if name == "auto" or name == "cuda" and len(here) > 1 else name
+    if name == "auto" or name == "cuda" and len(here) > 1:           # of several processes, each has its own
+        name = f"cuda:{os.environ['LOCAL_RANK']}" if world() > 1 and len(here) > 1 else here[0]
     if name not in here:
         raise UsageFault(f"argument --device: {name} is none of this machine's {', '.join(here)}")
     return name
@@ -966,9 +964,8 @@ def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=4, losses
     with evaluating(model, seed=seed) as generator:
         images = checked(model, images)
         if is_random(model, images[0]):
-            attack["eot"] = eot
-            clean, robust = noisy_verdicts(model, images, generator, **attack)
-            attack["draws"] = 10
+            clean, robust = noisy_verdicts(model, images, generator, eot=eot, **attack)
+            attack |= dict(eot=eot, draws=10)
         else:
             first = first_broken_iterate(model, images, generator, **attack)
             clean, robust = first >= 0, first > num_steps
@@ -1028,12 +1025,11 @@ def count_macs(model, network):
     return counter.get_total_flops() // 2
 
 
-@torch.no_grad()
 def latency(models, network, batch_size, device):
     """Median milliseconds of each model's forward pass, float32, channels last, timed in turn in one loop."""
     x = torch.zeros((batch_size, network["channels"], *network["size"]), dtype=torch.uint8, device=device)
     x, times, wait = to_float(x), [], torch.cuda.synchronize if device != "cpu" else lambda: None
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
         while len(times) < 6 or times[-1][-1] - times[1][0] < 0.5:
             times.append([time.perf_counter()])
             for model in models:
@@ -1073,10 +1069,8 @@ def read_file(path, own=True, **kinds):
     """What torch.save wrote; Fault unless the file is whole, free of code and, if it is to be our own, one of
     save_file that holds these keys and types."""
     try:
-        if own or zipfile.is_zipfile(path):                      # torch.load checks no checksum; zipfile does
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip():
-                    raise zipfile.BadZipFile
+        if (own or zipfile.is_zipfile(path)) and zipfile.ZipFile(path).testzip():
+            raise zipfile.BadZipFile                             # torch.load checks no checksum
         content = torch.load(path, map_location="cpu", weights_only=True)
         fits = not own or content["format"] == FORMAT
         if not fits or not all(isinstance(content[k], kind) for k, kind in kinds.items()):
@@ -1098,14 +1092,13 @@ def save_model(path, script, kind, network, model, args, state=None, **more):
     floats = {name: t for name, t in state.items() if t.is_floating_point()}
     values = torch.cat([t.flatten() for t in floats.values()])
     bits = zlib.compress(np.packbits((values != 0).numpy()).tobytes(), 9)
-    settings = "dataset", "epsilon", "eval_steps", "restarts", "eot"
+    attack = {k: vars(args)[k] for k in ("dataset", "epsilon", "eval_steps", "restarts", "eot") if k in args}
     save_file(path, dict(
         script=script, kind=kind, network=network, **more, values=values[values != 0],
         bits=torch.frombuffer(bytearray(bits), dtype=torch.uint8),
         shapes={name: list(t.shape) for name, t in floats.items()},
         counters={name: t.item() for name, t in state.items() if name not in floats},
-        attack_settings={k: getattr(args, k) for k in settings if k in args} | dict(
-            step_size=args.eval_step_size)))
+        attack_settings=attack | dict(step_size=args.eval_step_size)))
 
 
 @contextlib.contextmanager
@@ -1180,9 +1173,8 @@ def load_pretrained(model, path, network):
             default = like if name.endswith("num_batches_tracked") else None
             state[name] = t = left.pop(canonical(name), default)
             shape = "missing" if t is None else tuple(t.shape) if t.isfinite().all() else "not finite"
-            if shape != tuple(like.shape):
-                raise UsageFault(f"argument --pretrained: {path}: its {name} is {shape}, wanted: "
-                                 f"{tuple(like.shape)}")
+            if shape != (wanted := tuple(like.shape)):
+                raise UsageFault(f"argument --pretrained: {path}: its {name} is {shape}, wanted: {wanted}")
         for name in left:                                        # those of MadryLab's wrapper are duplicates
             if not name.startswith(("attacker.", "normalizer.")):
                 raise UsageFault(f"argument --pretrained: {path}: its {name} has no place in the network")
@@ -1225,7 +1217,7 @@ class Run:
         meet(dist.barrier)                                       # before rank 0 writes, all have looked
         if Run.active:                                           # stopped by a fault, in this process
             Run.active.file.close()
-        self.open_log()
+        self.file = open(os.devnull, "w") if rank() else self.open_log()
         self.generator = torch.Generator(args.device).manual_seed(args.seed)
         Run.active = self
         if self.saved:
@@ -1239,8 +1231,7 @@ class Run:
     def check_same(self, run, state):
         """UsageFault unless the folder holds this very run and --resume was given."""
         then, now = run["args"] | {"script": run["script"]}, self.flags | {"script": self.script}
-        changed = ", ".join(k for k in now if str(then.get(k)) != str(now[k]))
-        if changed:
+        if changed := ", ".join(k for k in now if str(then.get(k)) != str(now[k])):
             raise UsageFault(f"argument --output: {self.folder} holds a different run ({changed} differ)")
         if not self.args.resume:
             raise UsageFault(f"argument --output: {self.folder} holds this run, {state}")
@@ -1264,21 +1255,19 @@ class Run:
         return {k: v for k, v in new.items() if str(saved["args"].get(k)) != str(v)}
 
     def open_log(self):
-        """Opens log.jsonl where the checkpoint ends, locked against other processes."""
-        if rank():
-            self.file = open(os.devnull, "w")
-            return
+        """log.jsonl, cut where the checkpoint ends and locked against other processes."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.folder / "log.jsonl", "a")
+        file = open(self.folder / "log.jsonl", "a")
         with contextlib.suppress(ImportError):                   # no fcntl, no lock, on Windows
             import fcntl
             try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise UsageFault(f"argument --output: another process is running in {self.folder}") from None
         for stale in (*self.folder.glob("*.pt.*.tmp"), *self.folder.glob("result.json.tmp")):  # of dead runs
             stale.unlink()
-        self.file.truncate(min(self.saved["log_size"], self.file.tell()) if self.saved else 0)
+        file.truncate(min(self.saved["log_size"], file.tell()) if self.saved else 0)
+        return file
 
     def log(self, **fields):
         """One line of key:value on stdout, and the same as JSON in log.jsonl."""
@@ -1290,8 +1279,7 @@ class Run:
             fields = {"phase": self.phase, **fields, "seconds": round(time.time() - self.begin, 2)}
         shown = (f"{k}:{v:.5g}" if isinstance(v, float) else f"{k}:{v}" for k, v in fields.items())
         print(*shown, flush=True)
-        self.file.write(json.dumps(fields) + "\n")
-        self.file.flush()
+        print(json.dumps(fields), file=self.file, flush=True)
 
     def compute_once(self, name, compute, kind=object):
         """compute(), plain data of that kind: computed once in a run's life and kept in its checkpoints."""
