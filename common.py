@@ -55,8 +55,7 @@ LAUNCHER = ["python"] if not dist.is_torchelastic_launched() else [
 
 # ---------------------------------------------------------------- faults and flags
 class Fault(Exception):
-    """A run-time fault: one sentence for the user, exit status 1."""
-    status = 1
+    """A run-time fault: one sentence for the user, exit status 1, or `status`."""
 
 
 class UsageFault(Fault):
@@ -105,12 +104,11 @@ rate = number(1e-8, 10)
 def script_parser(doc, script, phase, networks=(), adapt=lambda recipe: {}):
     """The parser of a script with the flags that all four have. phase: the flag for compress_epochs;
     networks: names of --arch that only this script knows; adapt(recipe): what of RECIPES it changes."""
-    recipes = {name: {phase if k == "compress_epochs" else k: v for k, v in (recipe | adapt(recipe)).items()}
-               for name, recipe in RECIPES.items()}
-    lines = (" ".join([f"  {name}:", *(f"--{k} {v:.5g}" if isinstance(v, float) else f"--{k} {v}"
-                                       for k, v in recipe.items())]) for name, recipe in recipes.items())
     parser = Parser(doc, prog=Path(script).name)
-    parser.recipes = recipes
+    parser.recipes = {name: {phase if k == "compress_epochs" else k: v for k, v in (r | adapt(r)).items()}
+                      for name, r in RECIPES.items()}
+    lines = (" ".join([f"  {name}:", *(f"--{k} {v:.5g}" if isinstance(v, float) else f"--{k} {v}"
+                                       for k, v in r.items())]) for name, r in parser.recipes.items())
     parser.epilog = "\n".join(["defaults of each data set:", *lines]).replace("_", "-")
     run = parser.add_argument_group("run")
     run.add_argument("--dataset", default="cifar10", help=f"{', '.join(RECIPES)} or a folder")
@@ -154,10 +152,9 @@ def resolve(parser, args, longest_ramp=lambda args: args.pretrain_epochs, **defa
     if args.dataset not in RECIPES and args.epsilon is None:
         parser.error(f"argument --dataset: a folder of your own, {args.dataset}, needs --epsilon; known are "
                      + ", ".join(RECIPES))
-    if args.pretrained:
-        if args.pretrain_epochs:
-            parser.error("argument --pretrain-epochs: not with --pretrained, which skips that phase")
-        args.pretrain_epochs = 0
+    if args.pretrained and args.pretrain_epochs:
+        parser.error("argument --pretrain-epochs: not with --pretrained, which skips that phase")
+    args.pretrain_epochs = 0 if args.pretrained else args.pretrain_epochs
     recipe = parser.recipes.get(args.dataset) or parser.recipes["cifar10"] | dict(step_size=args.epsilon / 4)
     ramp_given = args.ramp_epochs or 0
     for name, value in (recipe | defaults).items():
@@ -181,9 +178,8 @@ def resolve(parser, args, longest_ramp=lambda args: args.pretrain_epochs, **defa
 def check_device(name):
     """'auto', 'cpu', 'cuda' or 'cuda:1' -> 'cpu' or 'cuda:N'; UsageFault if that is not there."""
     here = [*(f"cuda:{i}" for i in range(torch.cuda.is_available() and torch.cuda.device_count())), "cpu"]
-    if world() > 1 and name in ("auto", "cuda") and len(here) > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"                    # each process has its own
-    name = here[0] if name == "auto" or name == "cuda" and len(here) > 1 else name
+    if name == "auto" or name == "cuda" and len(here) > 1:           # of several processes, each has its own
+        name = f"cuda:{os.environ['LOCAL_RANK']}" if world() > 1 and len(here) > 1 else here[0]
     if name not in here:
         raise UsageFault(f"argument --device: {name} is none of this machine's {', '.join(here)}")
     return name
@@ -304,9 +300,8 @@ TORCHVISION = {"mnist": ("MNIST", "MNIST/raw"), "cifar10": ("CIFAR10", "cifar-10
 
 
 class Data:
-    """A data set on the device: (uint8 images (N, C, H, W), labels (N,)) to train and to test on, and class
-    names. A training batch is shuffled, cropped (after zero padding by `crop` pixels) and flipped there; the
-    images to train on may be Photos, which arrive cropped and flipped."""
+    """On the device: (uint8 images (N, C, H, W), labels (N,)) to train and to test on; names of the classes.
+    Training batches are cropped (after zero padding by `crop`) and flipped there; Photos arrive like that."""
     def __init__(self, train, test, classes, crop=0, flip=False):
         self.train, self.test, self.classes, self.crop, self.flip = train, test, classes, crop, flip
 
@@ -336,8 +331,7 @@ class Photos:
         self.files, self.workers, self.shape = files, workers, (len(files), 3, PHOTO, PHOTO)
 
     def decode(self, indices, crop, seed):
-        """Those, uint8 (B, 3, PHOTO, PHOTO), cut by random numbers of seed and index alone. A Fault is
-        returned: raised in a process of its own, it would come with a traceback."""
+        """Those, uint8 (B, 3, PHOTO, PHOTO), by random numbers of seed and index alone, or a Fault."""
         from torchvision.io import decode_image
         images = []
         for i in indices:
@@ -353,8 +347,7 @@ class Photos:
         return torch.stack(images)
 
     def load(self, batches, device, seed=None):
-        """Yields the photos of each of these indices (B,), the next being on their way to the device:
-        randomly cropped and flipped or, without a seed, their middles. `workers` processes decode."""
+        """Yields the photos of each of these indices (B,), cropped randomly or, without seed, centrally."""
         from torchvision.transforms import v2
         crop = v2.Compose([v2.Resize(PHOTO * 256 // 224), v2.CenterCrop(PHOTO)] if seed is None else [
             v2.RandomResizedCrop(PHOTO), v2.RandomHorizontalFlip()])
@@ -364,7 +357,7 @@ class Photos:
             collate_fn=functools.partial(self.decode, crop=crop, seed=seed),
             num_workers=self.workers, pin_memory=str(device) != "cpu")
         for images in loader:
-            if isinstance(images, Fault):
+            if isinstance(images, Fault):            # raised in its own process, it has a traceback
                 raise images
             ready, ahead = ahead, images.to(device, non_blocking=True)
             if ready is not None:
@@ -400,24 +393,21 @@ def balanced(labels, count=None):
 
 
 def load_data(args):
-    """The data set that the flags name, as Data on args.device; nothing is substituted silently. It is looked
-    for in args.data_dir as torchvision lays it out, then as class folders NAME/{train,test}/<class>/*; a
-    known set that is absent is downloaded by torchvision. NAME/{train,val} are photos of any size: streamed
-    to train on, decoded here to test on. digits, UCI's 1,797 as in scikit-learn, lie beside this file."""
+    """The data set that the flags name, as Data on args.device: in args.data_dir as torchvision lays it out,
+    or as class folders NAME/{train,test}/<class>/*; a known set that is absent is downloaded. NAME/train
+    and val are photos of any size, streamed to train on, decoded here to test on. digits are in data/."""
     name, root = args.dataset, Path(args.data_dir)
     if name == "digits":
         with np.load(Path(__file__).parent / "data" / "digits.npz") as stored:       # grey levels 0 to 16
             x, y = np.rint(stored["images"][:, None] * (255 / 16)).astype(np.uint8), stored["labels"]
-        found = (x[:-360], y[:-360]), (x[-360:], y[-360:]), [str(d) for d in range(10)]
+        train, test, classes = (x[:-360], y[:-360]), (x[-360:], y[-360:]), [str(d) for d in range(10)]
     elif (root / name / "train").is_dir():                       # which a failed download must not hide
-        stored = name in TORCHVISION and (root / TORCHVISION[name][1]).exists()
-        found = stored and read_torchvision(name, root, download=False)
-        found = found or read_folders(root / name, args.workers, name not in TORCHVISION)
+        found = name in TORCHVISION and read_torchvision(name, root, download=False)
+        train, test, classes = found or read_folders(root / name, args.workers, name not in TORCHVISION)
     elif name in TORCHVISION:
-        found = by_rank_0(lambda: read_torchvision(name, root, download=True))
+        train, test, classes = by_rank_0(lambda: read_torchvision(name, root, download=True))
     else:
         raise UsageFault(f"argument --dataset: there is no folder {root / name / 'train'} of class folders")
-    train, test, classes = found
     default = min(1000, len(test[1])) if args.device == "cpu" else 0
     counts, pairs = (args.train_images, default if args.eval_images is None else args.eval_images), []
     for (images, labels), flag, count in zip((train, test), ("--train-images", "--eval-images"), counts):
@@ -479,13 +469,7 @@ def read_folders(root, workers, photos):
 
 
 def read_images(splits, workers):
-    """uint8 (N, C, H, W) of each of these lists of files: images of one size, as Pillow reads them; C is 1 if
-    all are grey."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise Fault("class folders of images of one size need Pillow: pip install pillow") from None
-
+    """uint8 (N, C, H, W) of each list of files, images of one size, by Pillow; C is 1 if all are grey."""
     def read(path):
         try:
             with Image.open(os.fsdecode(path)) as image:
@@ -494,6 +478,10 @@ def read_images(splits, workers):
                 return np.asarray(image.convert("RGB")), image.mode in ("L", "1")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as fault:
             raise Fault(f"{os.fsdecode(path)} cannot be read as an image ({first_line(fault)})") from None
+    try:
+        from PIL import Image
+    except ImportError:
+        raise Fault("class folders of images of one size need Pillow: pip install pillow") from None
     files = np.concatenate(splits)
     with ThreadPoolExecutor(workers) as pool:
         images, grey = zip(*pool.map(read, files))
@@ -575,8 +563,7 @@ def wrn28_4(width, channels, classes, size):
 
 
 def cnn(width, channels, classes, size, convs, linear, padding=1, pool=1):
-    """A chain: convolutions (channels at width 16, kernel, stride) with ReLU and perhaps max pooling, then
-    linear layers (units at width 16) with ReLU in between."""
+    """Convolutions (channels at width 16, kernel, stride), perhaps pooled, then linear layers (units)."""
     layers, (h, w) = [], size
     for c, kernel, stride in convs:
         layers += [nn.Conv2d(channels, -(-c * width // 16), kernel, stride, padding), nn.ReLU()]
@@ -776,9 +763,8 @@ LOSSES = {"ce": lambda logits, y: F.cross_entropy(logits, y, reduction="none"), 
 @contextlib.contextmanager
 def frozen(model):
     """Within it weights take no gradient, which torch.compile would compute; statistics are put back."""
-    weights = [p for p in model.parameters() if p.requires_grad]
     buffers = [(b, b.clone()) for b in model.buffers()] if any(m.training for m in model.modules()) else []
-    model.requires_grad_(False)
+    weights = [p.requires_grad_(False) for p in model.parameters() if p.requires_grad]
     try:
         yield
     finally:
@@ -791,16 +777,14 @@ def frozen(model):
 def pgd(model, x, y, epsilon, step_size, num_steps, *, loss="ce", random_start=True, start=None, eot=1,
         generator=None, anneal=False, broken_at=None):
     """Projected gradient ascent, l_inf (Madry et al. 2018): x <- clip(x + step_size * sign(grad loss)).
-
-    x (N, C, H, W) in [0, 1], y (N,); epsilon, step_size in units of the pixel range. Returns x_adv, like x,
-    within epsilon of x and within [0, 1]. FGSM is num_steps=1, step_size=epsilon, random_start=False.
-    loss: 'ce', 'margin' or f(logits, y) -> (N,). start: the first iterate, instead of a random one. eot: so
-    many passes are averaged, for random networks. Weights, .grad, modes and running statistics stay as they
-    are; whether batch norm uses the latter is the caller's choice of model.eval(). For evaluation: anneal, by
-    which the step falls geometrically to a tenth and a quarter of the last move is added to three quarters of
-    the new one (after APGD, Croce and Hein 2020); broken_at (N,) int: an image leaves the batch at its first
-    misclassified iterate t, which is written there. Fault on pixels outside [0, 1] and gradients that are not
-    finite; in training on a GPU, which does not wait for that, x_adv becomes NaN, and so will the loss."""
+    x (N, C, H, W) in [0, 1], y (N,). Returns x_adv, like x, within epsilon of x and within [0, 1]. FGSM is
+    num_steps=1, step_size=epsilon, random_start=False. loss: 'ce', 'margin' or f(logits, y) -> (N,). start:
+    the first iterate, instead of a random one. eot: so many passes are averaged, for random networks.
+    Weights, .grad, modes and running statistics stay; model.eval() is left to the caller. For evaluation:
+    anneal, by which the step falls geometrically to a tenth and a quarter of the last move is added to three
+    quarters of the new one (after APGD, Croce and Hein 2020); broken_at (N,) int: an image leaves the batch
+    at its first misclassified iterate t, which is written there. Fault on pixels outside [0, 1] and gradients
+    not finite; in training on a GPU, which does not wait for that, x_adv becomes NaN, and the loss too."""
     fits, message = ((x >= 0) & (x <= 1)).all(), "a pixel is not in [0, 1], as attacks and networks want it"
     if x.device.type == "cuda":
         torch._assert_async(fits, message)                       # ends the process, and nothing waits for it
@@ -954,21 +938,17 @@ def noisy_verdicts(model, images, generator, *, restarts, losses, **attack):
 def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=4, losses=("ce", "margin"),
              random_start=True, anneal=True, eot=10, seed=0, extra_metrics=None):
     """Clean and robust accuracy in per cent over images = (uint8 (N, C, H, W), labels (N,)), in float32.
-
     Robust is an image whose clean form and whose every iterate of every restart are classified correctly; the
-    restarts take the losses in turn, cross-entropy and margin together break what either leaves, and anneal
-    the step. A random network instead gets gradients averaged over `eot` passes, and the verdicts of
-    noisy_verdicts().
-    Returns a dict: accuracies, 95 % intervals, images, attack, and what extra_metrics(model, robust) adds,
-    robust (N,) being the verdict on each image. Raises Fault where images, labels or logits are not fit."""
+    restarts take the losses in turn, which together break what either leaves. A random network gets gradients
+    averaged over `eot` passes and noisy_verdicts(). Returns accuracies, 95 % intervals, images, attack
+    and what extra_metrics(model, robust) adds, robust (N,) being the verdict on each image."""
     attack = dict(epsilon=epsilon, step_size=step_size, num_steps=num_steps, restarts=restarts,
                   losses=list(losses)[:restarts], random_start=random_start, anneal=anneal)
     with evaluating(model, seed=seed) as generator:
         images = checked(model, images)
         if is_random(model, images[0]):
-            attack["eot"] = eot
-            clean, robust = noisy_verdicts(model, images, generator, **attack)
-            attack["draws"] = 10
+            clean, robust = noisy_verdicts(model, images, generator, eot=eot, **attack)
+            attack |= dict(eot=eot, draws=10)
         else:
             first = first_broken_iterate(model, images, generator, **attack)
             clean, robust = first >= 0, first > num_steps
@@ -999,12 +979,12 @@ def sanity_flags(model, images, *, epsilon, step_size, num_steps, eot=10, seed=0
         zero = per_cent(torch.cat(zero))
         found, twice = (robust(n, epsilon=epsilon, step_size=step_size) for n in (num_steps, 2 * num_steps))
         fgsm = robust(1, epsilon=epsilon, step_size=epsilon, random_start=False)
-
-        def under_noise(x, y):                                       # (B, 20), in how many of the passes
+        right = []                                                   # (B, 20), in how many of the passes
+        for x, y in batched(*images):
             bits = (torch.randint(0, 2, x.shape, generator=generator, device=x.device) for _ in range(20))
             noisy = ((x + epsilon * (b * 2 - 1)).clamp(0, 1) for b in bits)
-            return torch.stack([fraction_correct(model, n, y, 10 if random else 1) for n in noisy], 1)
-        right = torch.cat([under_noise(x, y) for x, y in batched(*images)])
+            right.append(torch.stack([fraction_correct(model, n, y, 10 if random else 1) for n in noisy], 1))
+        right = torch.cat(right)
         # The mistakes of a random network, which are its own, would add up over the 20.
         noise = min(map(per_cent, right.T)) if random else per_cent((right == 1).all(1))
         wild = robust(num_steps, epsilon=1.0, step_size=1.0)
@@ -1028,12 +1008,11 @@ def count_macs(model, network):
     return counter.get_total_flops() // 2
 
 
-@torch.no_grad()
 def latency(models, network, batch_size, device):
     """Median milliseconds of each model's forward pass, float32, channels last, timed in turn in one loop."""
     x = torch.zeros((batch_size, network["channels"], *network["size"]), dtype=torch.uint8, device=device)
     x, times, wait = to_float(x), [], torch.cuda.synchronize if device != "cpu" else lambda: None
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
         while len(times) < 6 or times[-1][-1] - times[1][0] < 0.5:
             times.append([time.perf_counter()])
             for model in models:
@@ -1070,16 +1049,12 @@ def save_file(path, content):
 
 
 def read_file(path, own=True, **kinds):
-    """What torch.save wrote; Fault unless the file is whole, free of code and, if it is to be our own, one of
-    save_file that holds these keys and types."""
+    """What torch.save wrote; Fault unless whole, free of code and, if `own`, with these keys and types."""
     try:
-        if own or zipfile.is_zipfile(path):                      # torch.load checks no checksum; zipfile does
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip():
-                    raise zipfile.BadZipFile
+        if (own or zipfile.is_zipfile(path)) and zipfile.ZipFile(path).testzip():
+            raise zipfile.BadZipFile                             # torch.load checks no checksum
         content = torch.load(path, map_location="cpu", weights_only=True)
-        fits = not own or content["format"] == FORMAT
-        if not fits or not all(isinstance(content[k], kind) for k, kind in kinds.items()):
+        if own and not (content["format"] == FORMAT and all(isinstance(content[k], kinds[k]) for k in kinds)):
             raise ValueError(f"format {content['format']}, wanted: {FORMAT}")
         return content
     except FileNotFoundError:
@@ -1091,21 +1066,19 @@ def read_file(path, own=True, **kinds):
 
 
 def save_model(path, script, kind, network, model, args, state=None, **more):
-    """Writes a network (its `state`, by default the model's) as a file that load_model reads on any machine,
-    by script.build(artifact). kind is dense, compact or ticket. All values that are not zero stand in one
-    tensor, because records of their own take space; a bit map, compressed by zlib, tells where."""
+    """Writes a network, its `state` or the model's, for load_model, which calls script.build(artifact). kind:
+    dense, compact or ticket. One tensor holds all values but zeros, to save space; a bit map says where."""
     state = {name: t.detach().cpu() for name, t in (state or model.state_dict()).items()}
     floats = {name: t for name, t in state.items() if t.is_floating_point()}
     values = torch.cat([t.flatten() for t in floats.values()])
     bits = zlib.compress(np.packbits((values != 0).numpy()).tobytes(), 9)
-    settings = "dataset", "epsilon", "eval_steps", "restarts", "eot"
+    attack = {k: vars(args)[k] for k in ("dataset", "epsilon", "eval_steps", "restarts", "eot") if k in args}
     save_file(path, dict(
         script=script, kind=kind, network=network, **more, values=values[values != 0],
         bits=torch.frombuffer(bytearray(bits), dtype=torch.uint8),
         shapes={name: list(t.shape) for name, t in floats.items()},
         counters={name: t.item() for name, t in state.items() if name not in floats},
-        attack_settings={k: getattr(args, k) for k in settings if k in args} | dict(
-            step_size=args.eval_step_size)))
+        attack_settings=attack | dict(step_size=args.eval_step_size)))
 
 
 @contextlib.contextmanager
@@ -1143,8 +1116,7 @@ def read_model(path):
     script, network = artifact["script"], artifact["network"]
     if not script.isidentifier() or not (folder / f"{script}.py").is_file():
         raise Fault(f"{path} was made by a script named {script}, which is not beside common.py")
-    if str(folder) not in sys.path:                              # common.py may be imported from elsewhere
-        sys.path.append(str(folder))
+    sys.path += {str(folder)} - {*sys.path}                      # common.py may be imported from elsewhere
     with fitting(path), torch.no_grad():
         model = importlib.import_module(script).build(artifact).eval()
         if model(torch.zeros(1, network["channels"], *network["size"])).shape != (1, network["classes"]):
@@ -1180,9 +1152,8 @@ def load_pretrained(model, path, network):
             default = like if name.endswith("num_batches_tracked") else None
             state[name] = t = left.pop(canonical(name), default)
             shape = "missing" if t is None else tuple(t.shape) if t.isfinite().all() else "not finite"
-            if shape != tuple(like.shape):
-                raise UsageFault(f"argument --pretrained: {path}: its {name} is {shape}, wanted: "
-                                 f"{tuple(like.shape)}")
+            if shape != (wanted := tuple(like.shape)):
+                raise UsageFault(f"argument --pretrained: {path}: its {name} is {shape}, wanted: {wanted}")
         for name in left:                                        # those of MadryLab's wrapper are duplicates
             if not name.startswith(("attacker.", "normalizer.")):
                 raise UsageFault(f"argument --pretrained: {path}: its {name} has no place in the network")
@@ -1196,8 +1167,7 @@ def load_pretrained(model, path, network):
 # ---------------------------------------------------------------- the run
 class Run:
     """One run's output folder: its log, its checkpoint and its result. phases: {name: epochs}, in order.
-    epochs() and compute_once() make a script resumable by last.pt, whose content is `saved` until the phase
-    is reached in which the run was stopped, then None."""
+    epochs() and compute_once() continue one: `saved` is last.pt until its phase is reached, then None."""
     active = None                                                # the run that this process is in
     where = ""                                                   # for messages: "pretrain 3/15: "
 
@@ -1225,7 +1195,7 @@ class Run:
         meet(dist.barrier)                                       # before rank 0 writes, all have looked
         if Run.active:                                           # stopped by a fault, in this process
             Run.active.file.close()
-        self.open_log()
+        self.file = open(os.devnull, "w") if rank() else self.open_log()
         self.generator = torch.Generator(args.device).manual_seed(args.seed)
         Run.active = self
         if self.saved:
@@ -1239,8 +1209,7 @@ class Run:
     def check_same(self, run, state):
         """UsageFault unless the folder holds this very run and --resume was given."""
         then, now = run["args"] | {"script": run["script"]}, self.flags | {"script": self.script}
-        changed = ", ".join(k for k in now if str(then.get(k)) != str(now[k]))
-        if changed:
+        if changed := ", ".join(k for k in now if str(then.get(k)) != str(now[k])):
             raise UsageFault(f"argument --output: {self.folder} holds a different run ({changed} differ)")
         if not self.args.resume:
             raise UsageFault(f"argument --output: {self.folder} holds this run, {state}")
@@ -1264,21 +1233,19 @@ class Run:
         return {k: v for k, v in new.items() if str(saved["args"].get(k)) != str(v)}
 
     def open_log(self):
-        """Opens log.jsonl where the checkpoint ends, locked against other processes."""
-        if rank():
-            self.file = open(os.devnull, "w")
-            return
+        """log.jsonl, cut where the checkpoint ends and locked against other processes."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.folder / "log.jsonl", "a")
+        file = open(self.folder / "log.jsonl", "a")
         with contextlib.suppress(ImportError):                   # no fcntl, no lock, on Windows
             import fcntl
             try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise UsageFault(f"argument --output: another process is running in {self.folder}") from None
         for stale in (*self.folder.glob("*.pt.*.tmp"), *self.folder.glob("result.json.tmp")):  # of dead runs
             stale.unlink()
-        self.file.truncate(min(self.saved["log_size"], self.file.tell()) if self.saved else 0)
+        file.truncate(min(self.saved["log_size"], file.tell()) if self.saved else 0)
+        return file
 
     def log(self, **fields):
         """One line of key:value on stdout, and the same as JSON in log.jsonl."""
@@ -1290,8 +1257,7 @@ class Run:
             fields = {"phase": self.phase, **fields, "seconds": round(time.time() - self.begin, 2)}
         shown = (f"{k}:{v:.5g}" if isinstance(v, float) else f"{k}:{v}" for k, v in fields.items())
         print(*shown, flush=True)
-        self.file.write(json.dumps(fields) + "\n")
-        self.file.flush()
+        print(json.dumps(fields), file=self.file, flush=True)
 
     def compute_once(self, name, compute, kind=object):
         """compute(), plain data of that kind: computed once in a run's life and kept in its checkpoints."""
