@@ -1663,7 +1663,7 @@ def test_progress_counts_to_its_total_and_tells_the_time_that_is_left(robust, di
     with contextlib.redirect_stderr(Terminal()) as errors:
         assert list(common.progress("abcd", "letters", 4, 7198)) == list("abcd")
         for model in (robust, noisy):
-            common.evaluate(model, digits.test, epsilon=0.1, step_size=0.1, num_steps=1, eot=1)
+            common.evaluate(model, digits.test, epsilon=0.1, step_size=0.1, num_steps=1, eot=1, restarts=2)
         judges.smoothing_curve(robust, digits.test, sigma=0.25, count=3, draws=100)
         torch.manual_seed(0)
         chain = common.build_network("cnn_small", 1, 1, 10, (8, 8))
