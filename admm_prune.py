@@ -302,8 +302,7 @@ def main(argv=None):
             save_model(run.folder / "ticket.pt", run.script, "ticket", network, first, args, masks=masks,
                        scheme=args.scheme, ratio=args.ratio)
         return masks
-    masks = run.compute_once("masks", choose_and_save_ticket, dict)
-    masks = {name: mask.to(args.device) for name, mask in masks.items()}
+    masks = {n: m.to(args.device) for n, m in run.compute_once("masks", choose_and_save_ticket, dict).items()}
     if ticket:
         model.load_state_dict(ticket["state"])
     apply_masks_(model, masks)                                       # [G]

@@ -777,14 +777,14 @@ def frozen(model):
 def pgd(model, x, y, epsilon, step_size, num_steps, *, loss="ce", random_start=True, start=None, eot=1,
         generator=None, anneal=False, broken_at=None):
     """Projected gradient ascent, l_inf (Madry et al. 2018): x <- clip(x + step_size * sign(grad loss)).
-    x (N, C, H, W) in [0, 1], y (N,). Returns x_adv, like x, within epsilon of x and within [0, 1]. FGSM is
-    num_steps=1, step_size=epsilon, random_start=False. loss: 'ce', 'margin' or f(logits, y) -> (N,). start:
-    the first iterate, instead of a random one. eot: so many passes are averaged, for random networks.
-    Weights, .grad, modes and running statistics stay; model.eval() is left to the caller. For evaluation:
-    anneal, by which the step falls geometrically to a tenth and a quarter of the last move is added to three
-    quarters of the new one (after APGD, Croce and Hein 2020); broken_at (N,) int: an image leaves the batch
-    at its first misclassified iterate t, which is written there. Fault on pixels outside [0, 1] and gradients
-    not finite; in training on a GPU, which does not wait for that, x_adv becomes NaN, and the loss too."""
+    x (N, C, H, W) in [0, 1], y (N,); epsilon and step_size in that unit. Returns x_adv, like x, within
+    epsilon of x and within [0, 1]. FGSM: num_steps=1, step_size=epsilon, random_start=False. loss: 'ce',
+    'margin' or f(logits, y) -> (N,). start: the first iterate, else random. eot: passes that are averaged,
+    for random networks. Weights, .grad, modes and running statistics stay; model.eval() is the caller's. For
+    evaluation: anneal, by which the step falls geometrically to a tenth and a quarter of the last move is
+    added to three quarters of the new one (after APGD, Croce and Hein 2020); broken_at (N,) int: an image
+    leaves the batch at its first misclassified iterate t, which is written there. Fault on pixels outside
+    [0, 1] and gradients not finite; in training on a GPU, which does not wait, x_adv and the loss are NaN."""
     fits, message = ((x >= 0) & (x <= 1)).all(), "a pixel is not in [0, 1], as attacks and networks want it"
     if x.device.type == "cuda":
         torch._assert_async(fits, message)                       # ends the process, and nothing waits for it
@@ -941,7 +941,7 @@ def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=4, losses
     Robust is an image whose clean form and whose every iterate of every restart are classified correctly; the
     restarts take the losses in turn, which together break what either leaves. A random network gets gradients
     averaged over `eot` passes and noisy_verdicts(). Returns accuracies, 95 % intervals, images, attack
-    and what extra_metrics(model, robust) adds, robust (N,) being the verdict on each image."""
+    and what extra_metrics(model, robust) adds, robust (N,) being the verdict on each. Fault where unfit."""
     attack = dict(epsilon=epsilon, step_size=step_size, num_steps=num_steps, restarts=restarts,
                   losses=list(losses)[:restarts], random_start=random_start, anneal=anneal)
     with evaluating(model, seed=seed) as generator:

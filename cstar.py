@@ -16,10 +16,10 @@ towards tensors of that form while they train on adversarial images, so that the
   [H]  W <- project(W), factorised into 1x1 - kxk - 1x1; then fine-tuned like [A], the factors being free
 S, C, k: output and input channels, kernel. A 1x1 kernel or linear layer is a matrix: two factors, one rank.
 
-Sources. The paper's body was not available: from its abstract come [A], low rank in one framework
-with robustness, ranks determined globally, and ratios 2 to 64. [B] and [E] to [H] are those of the same
-group's Tucker-2 ADMM code (Yin et al., CVPR 2021), with the adversarial loss put in. [C], [D], rates, rho and
-epochs are our reconstruction, --budget macs and the floor in [D] ours. First and last layer stay dense.
+Sources. The paper's body was not available; its abstract gives [A], ranks determined globally, ratios 2 to
+64. [B] and [E] to [H] are those of the same group's Tucker-2 ADMM code (Yin et al., CVPR 2021), with the
+adversarial loss put in; [C], [D], rates, rho and epochs our reconstruction; --budget macs, the floor in [D]
+and, after the cut, statistics of attacked images ours. The first convolution and the classifier stay dense.
 
   python cstar.py --dataset digits                     two minutes on two CPU cores, no network
   python cstar.py --arch resnet18 --ratio 16           CIFAR-10 at full width, for a GPU
@@ -371,8 +371,8 @@ def main(argv=None):
         return choose_ranks(weights, budget, args.rank_rule, places)
     ranks = run.compute_once("ranks", save_dense_and_choose_ranks, dict)             # [D]
 
-    # Phase 2: ADMM pulls the dense weights towards those ranks. W follows Z - U in (1 - momentum) / (lr rho)
-    # steps, thrice in the first epoch. The rate only falls: while it rose, U would wind up before W follows.
+    # Phase 2: ADMM pulls the dense weights towards those ranks. W follows Z - U with time constant
+    # (1 - momentum) / (lr rho) steps, three to the first epoch. Were the rate to rise first, U would wind up.
     rho = args.rho or 3 * (1 - args.momentum) / (args.admm_lr * data.steps(args.batch_size))
     admm = ADMM(layers, ranks, rho, args.hooi)
     optimizer, schedule = make_optimizer(model, args.admm_lr, args.admm_epochs, data, args, rise=0.0)

@@ -106,7 +106,7 @@ def prunable(model, scheme):
 
 
 def first_score(w, scheme):
-    """[C] Like w (S, C, ...), zeros for zeros alone; of filters (S,) their norms over the largest one."""
+    """[C] sqrt(6 / fan_in) w / max |w|, like w (S, C, ...); of filters (S,) their norms over the largest."""
     norms, factor = (w.flatten(1).norm(dim=1), 1) if scheme == "filter" else (w, math.sqrt(6 / w[0].numel()))
     return factor * norms / norms.abs().max().clamp_min(torch.finfo(w.dtype).tiny)
 
