@@ -33,7 +33,7 @@ and in evaluation, as theirs. Ours: one cycle of the rate over both phases, not 
 noise is attacked with EOT, evaluated by the mean over 10 draws, and flagged as random. In an EnResNet only
 channels between the two convolutions of a block can go: of the dead ones, a part.
 
-  python binary_relax.py --dataset digits --bits 2     some four minutes on two CPU cores, no network
+  python binary_relax.py --dataset digits --bits 2     three minutes of one CPU core, no network
   python binary_relax.py --depth 56 --bits 4           CIFAR-10, En1ResNet56, for a GPU
   python binary_relax.py --depth 56 --bits 4 --pretrain-epochs 0 --relax-epochs 120 --finetune-epochs 80
       --relax-lr 0.1 --batch-size 128 --epsilon 0.031 --step-size 0.007         the authors' length and attack
