@@ -1,6 +1,5 @@
-"""What the four scripts share: flags, data, networks, PGD, evaluation, files and the run. Nothing in it is of
-one paper. A network takes images in [0, 1], (N, C, H, W), and gives logits. Scripts import this file, which
-knows none of them and is never run; programs for finished work are in tools/."""
+"""What the four scripts share; nothing in it is of one paper. They import this file, which knows none of them
+and is never run. A network takes images in [0, 1], (N, C, H, W), and gives logits."""
 import argparse
 import contextlib
 import functools
@@ -32,8 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-# The defaults of every data set; the keys are flags, compress_epochs is that of the paper's own phase. The
-# epochs are ours: digits takes two minutes of two CPU cores; the others' 80 are for a GPU (not measured).
+# The defaults of every data set: flags; compress_epochs is that of the paper's phase. The epochs are ours.
 CIFAR = dict(arch="resnet18", width=16, pretrain_epochs=40, compress_epochs=20, finetune_epochs=20,
              batch_size=256, lr=0.2, momentum=0.9, weight_decay=5e-4, epsilon=8 / 255, step_size=2 / 255,
              num_steps=10, ramp_epochs=0)
@@ -495,14 +493,13 @@ def read_images(splits, workers):
 
 
 # ---------------------------------------------------------------- networks
-def conv3x3(c_in, c_out, stride=1, bias=False):
-    return nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=bias)
+conv3x3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
 
 
 class BasicBlock(nn.Module):
     def __init__(self, c_in, c_out, stride):
         super().__init__()
-        self.conv1, self.bn1 = conv3x3(c_in, c_out, stride), nn.BatchNorm2d(c_out)
+        self.conv1, self.bn1 = conv3x3(c_in, c_out, stride=stride), nn.BatchNorm2d(c_out)
         self.conv2, self.bn2 = conv3x3(c_out, c_out), nn.BatchNorm2d(c_out)
         self.shortcut = nn.Sequential() if c_in == c_out else nn.Sequential(
             nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
@@ -542,7 +539,7 @@ def vgg16(width, channels, classes, size):
 class WideBlock(nn.Module):
     def __init__(self, c_in, c_out, stride):
         super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(c_in), conv3x3(c_in, c_out, stride)
+        self.bn1, self.conv1 = nn.BatchNorm2d(c_in), conv3x3(c_in, c_out, stride=stride)
         self.bn2, self.conv2 = nn.BatchNorm2d(c_out), conv3x3(c_out, c_out)
         self.shortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False) if c_in != c_out else None
 
@@ -878,8 +875,7 @@ def is_random(model, x):
 def checked(model, images):
     """(images, labels as int64); Fault unless they are uint8 (N, C, H, W) and the network's classes (N,)."""
     x, y = images
-    whole_numbers = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
-    if x.dtype != torch.uint8 or x.dim() != 4 or y.dtype not in whole_numbers or not 0 < len(x) == len(y):
+    if x.dtype != torch.uint8 or x.dim() != 4 or y.is_floating_point() or not 0 < len(x) == len(y):
         raise Fault(f"images are to be uint8 (N, C, H, W) and labels whole numbers (N,), not {x.dtype} "
                     f"{tuple(x.shape)} and {y.dtype} {tuple(y.shape)}")
     classes = logits_of(model, to_float(x[:1])).shape[1]
@@ -959,8 +955,8 @@ def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=4, losses
 
 
 def sanity_flags(model, images, *, epsilon, step_size, num_steps, eot=10, seed=0):
-    """Sentences on what makes a robust accuracy doubtful (after Carlini et al. 2019, Athalye et al. 2018), of
-    the first 250 images, or 100 of a random one, attacked as in evaluate(); an honest one has but that."""
+    """Sentences on what makes a robust accuracy doubtful (after Carlini et al. 2019, Athalye et al. 2018): of
+    the first 250 images, or the first 100 of a random network, whose randomness is the first sentence."""
     def robust(n, **attack):
         attack |= dict(num_steps=n)
         if random:
@@ -984,8 +980,7 @@ def sanity_flags(model, images, *, epsilon, step_size, num_steps, eot=10, seed=0
             bits = (torch.randint(0, 2, x.shape, generator=generator, device=x.device) for _ in range(20))
             noisy = ((x + epsilon * (b * 2 - 1)).clamp(0, 1) for b in bits)
             right.append(torch.stack([fraction_correct(model, n, y, 10 if random else 1) for n in noisy], 1))
-        right = torch.cat(right)
-        # The mistakes of a random network, which are its own, would add up over the 20.
+        right = torch.cat(right)             # a random network's own mistakes would add up over the 20 passes
         noise = min(map(per_cent, right.T)) if random else per_cent((right == 1).all(1))
         wild = robust(num_steps, epsilon=1.0, step_size=1.0)
     return [sentence for raised, sentence in (
@@ -1035,9 +1030,11 @@ def save_file(path, content):
     """Writes a dict of plain values and tensors: afterwards the file is whole, or what it was before."""
     if rank():                                                   # rank 0 alone writes
         return
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary, came, before = Path(f"{path}.{os.getpid()}.tmp"), [], {}
+    with contextlib.suppress(ValueError):    # in torch.save signals may get lost: later, in the main thread
+        before = {s: signal.signal(s, lambda s, _: came.append(s)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        torch.save(dict(format=FORMAT, **content), temporary)    # into a Python file, a signal would break it
+        torch.save(dict(format=FORMAT, **content), temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -1046,6 +1043,10 @@ def save_file(path, content):
         raise Fault(f"{path} was not written ({first_line(fault)}); {free} MiB are free") from None
     finally:
         temporary.unlink(missing_ok=True)
+        for sent, handler in before.items():
+            signal.signal(sent, handler)
+        for sent in came:
+            signal.raise_signal(sent)
 
 
 def read_file(path, own=True, **kinds):
@@ -1338,9 +1339,8 @@ class Run:
             latency_ms={b: dict(zip(("dense", "compact"), pair)) for b, pair in spent.items()},
             memory_bytes=peak_memory(), **more,
             gpu_memory_bytes=None if device == "cpu" else torch.cuda.max_memory_allocated(device))
-        shown = ("clean_acc", "robust_acc", "verified_acc", "images", "params_ratio", "bytes_ratio", "bytes",
-                 "dense_bytes", "macs_ratio")
-        self.log(**{k: self.result[k] for k in shown if k in self.result},
+        row = "clean_acc robust_acc verified_acc images params_ratio bytes_ratio bytes dense_bytes macs_ratio"
+        self.log(**{k: self.result[k] for k in row.split() if k in self.result},
                  dense_clean_acc=found[0]["clean_acc"], dense_robust_acc=found[0]["robust_acc"],
                  flags="; ".join(flags) or "none")
         if rank() == 0:

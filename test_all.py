@@ -1865,22 +1865,19 @@ def test_bad_class_folders_are_one_sentence(tmp_path, monkeypatch, spoil, words)
 
 
 def test_a_file_is_whole_or_what_it_was_after_a_signal_and_on_a_full_disk(tmp_path, monkeypatch):
-    content = {f"w{i}": torch.zeros(2000) for i in range(500)}
-    before = signal.signal(signal.SIGALRM, Mock(side_effect=Stop))
-    try:
-        for i in range(40):
-            with pytest.raises(Stop):                            # it is no fault of the disk
-                signal.setitimer(signal.ITIMER_REAL, 0.001 + 0.0005 * i)
-                for _ in range(100):
-                    common.save_file(tmp_path / "g.pt", content)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    common.save_file(tmp_path / "f.pt", dict(a=1))
+    path, written, stops = tmp_path / "f.pt", torch.save, (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(sent, Mock(side_effect=Stop)) for sent in stops]
+    for sent in stops:                                           # takes effect when the file is there
+        with pytest.raises(Stop), monkeypatch.context() as patch:
+            patch.setattr(torch, "save", lambda *args: (signal.raise_signal(sent), written(*args)))
+            common.save_file(path, dict(a=int(sent)))
+        assert common.read_file(path)["a"] == sent
+    for sent, handler in zip(stops, before):
+        signal.signal(sent, handler)
     monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
-    with pytest.raises(common.Fault, match="No space left.*MiB are free"):
-        common.save_file(tmp_path / "f.pt", dict(a=2))
-    assert common.read_file(tmp_path / "f.pt", a=int)["a"] == 1 and not list(tmp_path.glob("*.tmp"))
+    with pytest.raises(common.Fault, match="No space.*MiB are free"), common.ThreadPoolExecutor(1) as pool:
+        pool.submit(common.save_file, path, dict(a=0)).result()  # in another thread, which sets no handlers
+    assert common.read_file(path, a=int)["a"] == signal.SIGTERM and not list(tmp_path.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("steps", range(1, 12))
