@@ -1,8 +1,5 @@
-"""Correctness on tiny networks: oracles, properties, runs end to end. CPU only, no network.
-
-Tests against independent libraries (foolbox, pyautoattack, scikit-learn, scipy, tensorly, torchao) are
-skipped where those are not installed. Break the code once and watch the test of that line fail.
-"""
+"""Correctness on tiny networks: oracles, properties, runs end to end. CPU only, no network. Tests against
+foolbox, pyautoattack, scikit-learn, scipy, tensorly and torchao are skipped where those are absent."""
 import ast
 import contextlib
 import copy
@@ -51,6 +48,7 @@ TINY = ("--dataset digits --arch resnet18 --width 1 --train-images 128 --eval-im
         "--ratio 4 --device cpu").split()
 UNTRAINED = "--pretrain-epochs 0 --admm-epochs 0 --finetune-epochs 0".split()
 Stop = type("Stop", (Exception,), {})
+Hostile = type("Hostile", (), dict(__reduce__=lambda self: (os.system, ("touch hacked",))))
 Terminal = type("Terminal", (io.StringIO,), dict(isatty=lambda self: True))
 torch.set_num_threads(1)
 
@@ -93,12 +91,8 @@ def stopped(saves, run):
         run()
 
 
-def weights_of(path):
-    return common.load_model(path).state_dict()
-
-
 def same_weights(a, b):
-    a, b = weights_of(a), weights_of(b)
+    a, b = (common.load_model(path).state_dict() for path in (a, b))
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -141,7 +135,6 @@ def whole(tmp_path_factory):
 
 # ---------------------------------------------------------------- data
 def test_data_subsets_are_balanced_prefixes_and_an_epoch_is_a_shuffle_without_repetition(digits):
-    """And the digits are those of scikit-learn."""
     images, labels = digits.train[0], digits.train[1].numpy()
     small, large = common.balanced(labels, 50), common.balanced(labels, 200)
     assert (np.bincount(labels[small]) == 5).all() and (np.bincount(labels[large]) == 20).all()
@@ -390,7 +383,6 @@ def test_evaluate_counts_every_iterate_of_every_restart(robust, digits):
 
 
 def test_intervals_are_scipys():
-    """Wilson's of an accuracy, and Clopper and Pearson's lower bound of the certificate."""
     stats = pytest.importorskip("scipy.stats")
     for k, n in ((0, 40), (13, 40), (40, 40), (733, 1000)):
         theirs = stats.binomtest(k, n).proportion_ci(method="wilson")
@@ -411,7 +403,6 @@ class Wrapped(nn.Module):
 
 
 def test_sanity_flags_are_silent_on_honest_networks_and_not_on_a_weak_attack(robust, standard, digits):
-    """Noise is one flag. Transferred examples are weaker, and those of the network itself as strong."""
     for model in (robust, standard):
         assert common.sanity_flags(model, digits.test, **SETTINGS) == []
     flags = common.sanity_flags(robust, digits.test, epsilon=0.2, step_size=0.03, num_steps=4)
@@ -503,7 +494,6 @@ def test_cstar_projection_has_the_rank_is_idempotent_and_within_the_bounds_of_ho
 
 @pytest.mark.parametrize("shape, rank", SHAPES[:2])
 def test_cstar_projection_is_near_the_best_that_tensorly_finds(shape, rank):
-    """By alternating least squares from fifty random starts, and from the SVD."""
     def theirs(**more):
         (core, factors), _ = partial_tucker(w.numpy(), rank=list(rank), modes=[0, 1], **more)
         return np.square(w.numpy() - multi_mode_dot(core, factors, modes=[0, 1])).sum()
@@ -516,21 +506,15 @@ def test_cstar_projection_is_near_the_best_that_tensorly_finds(shape, rank):
     assert error[1] <= 1.05 * best and error[1] <= 1.01 * theirs(init="svd")
 
 
-def decaying(*shape, seed):
-    """A weight whose singular values fall, as those of a trained network do."""
-    w = conv_weight(*shape, seed=seed)
-    return w * torch.arange(1, shape[0] + 1).view(-1, *[1] * (len(shape) - 1)) ** -1.0
-
-
 def test_cstar_ranks_are_near_an_exhaustive_search():
-    """Whatever the scale and the order of the layers."""
     def state(name, rank):
-        """(cost, relative error) of a layer at that rank."""
         w = weights[name]
         error = (w - cstar.project(w, rank)).square().sum() / w.square().sum()
         return cstar.cost(w.shape, rank), error.item()
-    weights = {"a": 10 * decaying(4, 3, 3, 3, seed=1), "b": decaying(5, 4, 3, 3, seed=2),
-               "c": decaying(6, 5, seed=3)}
+    weights = dict(a=10 * conv_weight(4, 3, 3, 3, seed=1), b=conv_weight(5, 4, 3, 3, seed=2),
+                   c=conv_weight(6, 5, seed=3))
+    for w in weights.values():                                   # singular values fall
+        w /= torch.arange(1, len(w) + 1).view(-1, *[1] * (w.dim() - 1))
 
     def total_of(ranks):
         return [sum(values) for values in zip(*(state(*item) for item in ranks.items()))]
@@ -592,7 +576,6 @@ def test_cstar_budget_is_exact_and_ranks_never_grow_with_the_ratio(arch, width, 
 
 
 def test_cstar_ranks_are_below_the_floor_only_where_the_budget_is():
-    """An impossible ratio names the largest possible one."""
     torch.manual_seed(0)
     model = common.build_network("lenet", 4, 1, 10, (28, 28))
     weights = {n: m.weight.detach() for n, m in cstar.factorisable(model).items()}
@@ -623,17 +606,13 @@ def test_cstar_factorised_layer_equals_the_projected_one(layer, rank, size):
     assert sum(p.numel() for p in thin.parameters()) == count
 
 
-def test_cstar_batch_norm_is_the_average_over_batches():
+def test_cstar_batch_norm_is_the_average_over_batches_of_clean_and_attacked_images(tmp_path, monkeypatch):
+    """Attacked, by an attack that makes all images black: the first convolution then gives zeros."""
     model = nn.Sequential(nn.BatchNorm2d(2))
     batches = [(torch.randn(8, 2, 3, 3) + i, None) for i in range(4)]
     cstar.reestimate_batchnorm_(model, batches, most=3)
     average = torch.stack([x.mean((0, 2, 3)) for x, _ in batches[:3]]).mean(0)
-    assert torch.allclose(model[0].running_mean, average, atol=1e-6)
-    assert model[0].momentum == 0.1
-
-
-def test_cstar_statistics_after_the_cut_are_of_attacked_images(tmp_path, monkeypatch):
-    """Attacked, by an attack that makes all images black: the first convolution then gives zeros."""
+    assert torch.allclose(model[0].running_mean, average, atol=1e-6) and model[0].momentum == 0.1
     unevaluated(monkeypatch)
     for pgd, black in ((common.pgd, False), (lambda model, x, *_: 0 * x, True)):
         monkeypatch.setattr(cstar, "pgd", pgd)
@@ -647,37 +626,25 @@ SCHEMES = ["filter", "column", "irregular"]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("shape", [(3, 2, 2, 1), (4, 3), (2, 5, 1, 1), (1, 4, 2, 1)])
-def test_admm_projection_is_the_nearest_of_all_supports(scheme, shape):
-    """Of those that keep so many units: what it leaves out are the units of least energy."""
-    w = conv_weight(*shape)
-    squares = w.flatten(1).square()
-    energy = dict(filter=squares.sum(1), column=squares.sum(0), irregular=squares.flatten())[scheme]
-    for count in range(1, len(energy) + 1):
-        mask = admm_prune.choose_masks({0: w}, scheme, len(energy) / count)[0]
-        ours = admm_prune.project(w, mask)
-        assert (w - ours).square().sum().item() == pytest.approx(
-            energy.sort().values[:-count].sum().item(), abs=1e-12)
-        assert torch.equal(ours[mask], w[mask]) and not ours[~mask].any()
-        assert torch.equal(admm_prune.choose_masks({0: -8 * ours}, scheme, len(energy) / count)[0], mask)
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("ratio", [1, 1.1, 2, 16 / 5, 10, 16, 10000])
-def test_admm_keeps_exactly_ceil_n_over_ratio_units_also_of_equal_ones(scheme, ratio):
-    tiny_ones, ties = torch.full((9, 9), 1e-30), torch.randn(6, 27).round()
-    for w in (torch.ones(64, 3, 3, 3), torch.zeros(7, 5), tiny_ones, ties):
-        before, n = w.clone(), len(admm_prune.importance(w, scheme))
-        mask = admm_prune.choose_masks({0: w}, scheme, ratio)[0]
+@pytest.mark.parametrize("ratio", [1, 1.1, 4 / 3, 2, 16 / 5, 10, 16, 10000])
+def test_admm_projection_keeps_ceil_n_over_ratio_units_of_most_energy_the_first_of_equal_ones(scheme, ratio):
+    others = torch.full((9, 9), 1e-30), torch.randn(6, 27).round(), conv_weight(4, 3, 2, 1), conv_weight(2, 5)
+    for w in (torch.ones(64, 3, 3, 3), torch.zeros(7, 5), *others):
+        before, squares = w.clone(), w.flatten(1).double().square()
+        energy = dict(filter=squares.sum(1), column=squares.sum(0), irregular=squares.flatten())[scheme]
+        mask, n = admm_prune.choose_masks({0: w}, scheme, ratio)[0], len(energy)
         projected = admm_prune.project(w, mask)
         whole_units = {"filter": mask.flatten(1).any(1), "column": mask.flatten(1).any(0),
                        "irregular": mask.flatten()}[scheme]
         kept = int(whole_units.sum())
         assert kept == -(-n // Fraction(ratio).limit_denominator(1000))
         assert int(mask.sum()) * n == kept * w.numel()
-        assert torch.equal(w, before) and projected.data_ptr() != w.data_ptr()
-        if len(w.unique()) == 1:
-            assert whole_units[:kept].all() and torch.equal(projected != 0, mask & (w != 0))  # the first ones
+        lost, least = (w - projected).double().square().sum(), energy.sort().values[:n - kept].sum()
+        assert lost.item() == pytest.approx(least.item(), rel=1e-9, abs=1e-70)           # it is the nearest
+        assert torch.equal(admm_prune.choose_masks({0: -8 * projected}, scheme, ratio)[0], mask)
+        assert torch.equal(projected, w * mask) and torch.equal(w, before)
+        assert projected.data_ptr() != w.data_ptr()
+        assert len(w.unique()) > 1 or whole_units[:kept].all()
     with pytest.raises(common.Fault, match="not finite"):
         admm_prune.choose_masks({0: torch.full((3, 3), math.nan)}, scheme, ratio)
 
@@ -707,7 +674,6 @@ def filter_masks(model, ratio, grouped=False):
     ("lenet", 1, 12, False), ("lenet", 3, 16, False), ("vgg16", 3, 32, False), ("resnet18", 3, 16, False),
     ("resnet18", 3, 16, True), ("wrn28_4", 2, 8, False), ("wrn28_4", 2, 8, True)])
 def test_admm_smaller_network_equals_the_masked_one(arch, channels, size, grouped, dtype, tolerance):
-    """And where no sum keeps a dead filter, it is in all shapes the network of half the width."""
     model = shaken(arch, 2, channels, size, dtype)
     chosen = filter_masks(model, 2, grouped)
     for names, _, _ in common.channel_groups(model) if grouped else ():      # one mask, by the joint norm
@@ -843,7 +809,7 @@ def test_admm_ticket_is_the_initial_network_cut_like_the_pruned_one(whole, tmp_p
     small, _ = common.remove_filters_(initial, ticket["masks"])
     flags = [*TINY, *UNTRAINED, "--output", str(tmp_path / "run")]
     admm_prune.main([*flags, "--mode", "ticket", "--ticket", path])
-    cut = weights_of(tmp_path / "run/model.pt")
+    cut = common.load_model(tmp_path / "run/model.pt").state_dict()
     assert all(torch.equal(cut[k], v) for k, v in small.state_dict().items())
     assert 0 < len(cut["layer1.0.conv1.weight"]) < len(ticket["state"]["layer1.0.conv1.weight"])
     for more, words in ((["--mode", "ticket", "--ticket", path, "--ratio", "2"], "is not a ticket of"),
@@ -873,7 +839,8 @@ def test_files_leave_zeros_out_and_give_them_back(tmp_path):
         for p in model.parameters():
             p.data *= torch.rand_like(p) <= share
         common.save_model(path, "admm_prune", "compact", network, model, digits_args(cstar))
-        assert all(torch.equal(v, model.state_dict()[k]) for k, v in weights_of(path).items())
+        found, wanted = common.load_model(path).state_dict(), model.state_dict()
+        assert found.keys() == wanted.keys() and all(torch.equal(found[k], v) for k, v in wanted.items())
         count, kept = (sum(f(p) for p in model.parameters()) for f in (torch.numel, torch.count_nonzero))
         assert 8 * (os.path.getsize(path) - 4 * int(kept)) / count < most_bits
 
@@ -881,7 +848,6 @@ def test_files_leave_zeros_out_and_give_them_back(tmp_path):
 # ---------------------------------------------------------------- HYDRA: scores and masks
 @pytest.mark.parametrize("ratio", [1, 3, 10, 1e4])
 def test_hydra_masks_are_exact_and_the_first_those_of_the_lowest_magnitudes(ratio):
-    """For odd sizes, ties and channels last; the first scores are scaled weights, or norms of filters."""
     random = conv_weight(7, 5, 3, 3).float()
     first = hydra_prune.first_score(random, "irregular")
     assert torch.allclose(first, random * math.sqrt(6 / 45) / random.abs().max())
@@ -903,7 +869,6 @@ def test_hydra_masks_are_exact_and_the_first_those_of_the_lowest_magnitudes(rati
 @pytest.mark.parametrize("arch", ["cnn_small", "resnet18", "wrn28_4"])
 @pytest.mark.parametrize("scheme", ["irregular", "filter"])
 def test_hydra_gradients_of_scores_equal_their_formula(scheme, arch):
-    """And the network that has them is, for filters nearly, the one that is left."""
     model = shaken(arch, 2, 1, 8).eval()
     dense = {name: p.detach().clone() for name, p in model.named_parameters()}
     names = {id(p): name for name, p in model.named_parameters()}
@@ -1214,7 +1179,6 @@ def test_hydra_losses_of_bounds_are_their_formulas_and_reach_the_weights(digits)
 
 
 def test_hydra_weight_of_mixtrain_grows_at_the_full_radius_and_scores_have_no_decay(tmp_path, monkeypatch):
-    """The weight begins anew in each phase; batch norms keep their decay."""
     def spy(model, batches, optimizer, *rest, **more):
         epochs.append(more["epochs"])
         groups.append([(len(g["params"]), g["weight_decay"]) for g in optimizer.param_groups])
@@ -1238,7 +1202,6 @@ def test_hydra_weight_of_mixtrain_grows_at_the_full_radius_and_scores_have_no_de
 
 
 def test_smoothing_radius_is_below_the_true_distance_and_its_curve_falls(robust, digits):
-    """Of a linear classifier; in the curve, what abstains counts as wrong."""
     def certify(draws):
         generator = torch.Generator().manual_seed(0)
         return judges.certify(model, image, generator, sigma=0.25, draws=draws, classes=2)
@@ -1257,9 +1220,7 @@ def test_smoothing_radius_is_below_the_true_distance_and_its_curve_falls(robust,
     found = judges.smoothing_curve(robust, digits.test, sigma=0.25, count=20, draws=200)
     curve = list(found["curve"].values())
     assert curve == sorted(curve, reverse=True) and found["images"] == 20 and len(curve) > 3
-    assert curve[0] <= 100 - 100 * found["abstained"] / 20
-    ceiling = 0.25 * NormalDist().inv_cdf(0.001 ** (1 / 200))
-    assert float(list(found["curve"])[-1]) <= ceiling
+    assert curve[0] <= 100 - 100 * found["abstained"] / 20       # what abstains counts as wrong
 
 
 # ---------------------------------------------------------------- Binary-Relax
@@ -1281,7 +1242,6 @@ def quantised(v, bits):
     *((bits, [0.2] * 4, [1 if bits < 4 else 7] * 4, 0.2 if bits < 4 else 0.2 / 7) for bits in BITS),
     *((bits, [0.0] * 3, [1 if bits == 1 else 0] * 3, 0.0) for bits in BITS)])
 def test_relax_projection_of_the_golden_vector(bits, v, codes, scale):
-    """Of ties, zeros and single weights too."""
     found, s = binary_relax.project(torch.tensor(v, dtype=torch.float64), bits)
     assert found.tolist() == codes and s.item() == pytest.approx(scale, abs=1e-7)
 
@@ -1330,8 +1290,7 @@ def test_relax_gives_the_latent_weights_back_bit_for_bit_also_after_an_exception
 
 @pytest.mark.parametrize("adv, nat", [(2, 0), (0, 2), ("8/9", "1/9")])
 def test_relax_step_moves_latent_weights_by_the_gradient_at_relaxed_ones(digits, monkeypatch, adv, nat):
-    """One step of SGD with weight decay, by hand; the classifier's and batch norm's are plain. Both images
-    are weighed, and attacks made only where asked for."""
+    """One step of SGD with weight decay, by hand; both images are weighed, attacks made where asked for."""
     args = digits_args(binary_relax, f"--num-steps 3 --bits 2 --adv-weight {adv} --nat-weight {nat}")
     torch.manual_seed(0)
     model, calls = binary_relax.EnResNet(8, 1, 0.0, 2, 1, 10), []
@@ -1452,7 +1411,6 @@ def test_network_without_dead_channels_equals_the_quantised_one(arch, channels, 
 
 
 def test_a_channel_that_only_removed_filters_read_goes_too_and_one_always_stays():
-    """And sparsity counts zeros and dead input channels, pooled."""
     def encoded(model, network):
         state, codes, _ = binary_relax.encode(model, 2)
         return binary_relax.build(dict(network=network, state=state, **codes)).eval()
@@ -1517,7 +1475,7 @@ def test_relax_quantises_the_networks_of_common_from_a_dense_one(whole, finished
     dense, own = finished[0] / "dense.pt", whole(binary_relax)[0] / "dense.pt"
     run("run", dense, "--arch resnet18")
     run("again", own, "--noise 0 --depth 8")
-    kept = weights_of(tmp_path / "run/model.pt")
+    kept = common.load_model(tmp_path / "run/model.pt").state_dict()
     assert len(kept["layer1.0.conv1.weight"].unique()) <= 3 < len(kept["layer2.0.shortcut.0.weight"].unique())
     for file, depth in ((own, 14), (dense, 8), (own.with_name("model.pt"), 8)):
         with pytest.raises(common.UsageFault, match="--pretrained"):
@@ -1558,7 +1516,6 @@ def test_resume_equals_the_whole_run_bit_for_bit(whole, zoo, tmp_path, monkeypat
 
 
 def test_resume_of_a_finished_run_prints_its_result_or_evaluates_otherwise(finished, tmp_path):
-    """A run of other flags is refused; one that starts from its dense network skips the first phase."""
     (folder, before), run, dense = finished, tmp_path / "run", finished[0] / "dense.pt"
     assert tiny(folder, "--resume") == json.loads(json.dumps(before))
     for more, words in (((), "finished"), (("--seed", "1"), "different run.*seed"),
@@ -1765,17 +1722,8 @@ def test_wrong_flags_are_one_line_exit_2_and_write_nothing(tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def flipped(data, position):
-    return data[:position] + bytes([data[position] ^ 4]) + data[position + 1:]
-
-
-class Hostile:
-    def __reduce__(self):
-        return os.system, ("touch hacked",)
-
-
 @pytest.mark.parametrize("damage", [
-    lambda data: flipped(data, data.index(b"layer1")), lambda data: data[:-100], lambda data: b"",
+    lambda data: data.replace(b"layer1", b"layer3", 1), lambda data: data[:-100], lambda data: b"",
     lambda data: b"<html>404</html>", lambda data: pickle.dumps(Hostile())])
 @pytest.mark.parametrize("name", ["model.pt", "last.pt"])
 def test_damaged_files_are_refused(finished, tmp_path, monkeypatch, damage, name):
@@ -1794,7 +1742,7 @@ def test_files_of_other_content_are_refused(whole, finished, tmp_path, monkeypat
     good = common.read_model(finished[0] / "model.pt")[0]
     values, shapes = good["values"], good["shapes"]
     for words, *changes in [
-            ("a script", dict(script="../evil")), ("not beside", dict(script="nothing_here")),
+            ("a script", dict(script="tools/bench")), ("not beside", dict(script="nothing_here")),
             ("damaged or not.*format 1", dict(format=1)), ("not finite", dict(values=values * math.nan)),
             ("damaged or not", dict(shapes=[1]), dict(values=[1.0]), dict(hostile=Hostile())),
             ("values for", dict(values=torch.cat([values, values]))),
@@ -1908,7 +1856,6 @@ def test_two_processes_do_not_share_a_folder(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- commands and documents
 def write_run(folder, result, dense=(), args=(), **changes):
-    """A finished run that differs from `result` in what is given."""
     Path(folder).mkdir(exist_ok=True)
     result = result | changes | dict(dense=result["dense"] | dict(dense), args=result["args"] | dict(args))
     Path(folder, "result.json").write_text(json.dumps(result))
@@ -1960,28 +1907,27 @@ def test_compare_names_rows_as_a_person_does(finished, tmp_path, capsys, monkeyp
         return {label for label, _ in compare.main(folders)}
     monkeypatch.chdir(tmp_path)
     result, args = finished[1], finished[1]["args"]
-    base = {k: args[k] for k in ("dataset", "width", "seed")}
-    admm, hydra = (base | dict(scheme=s, ratio=10.0, finetune_epochs=3) for s in ("filter", "irregular"))
-    admm, relax = admm | dict(admm_epochs=3), base | dict(relax_epochs=4, finetune_epochs=2, method="br")
+    base = {k: args[k] for k in ("dataset", "width", "seed")} | dict(ratio=10.0, finetune_epochs=2)
+    admm, hydra = base | dict(scheme="filter", admm_epochs=3), base | dict(scheme="irregular", prune_epochs=2)
+    relax = base | dict(relax_epochs=4, method="br")
     rows = {
         "low rank, 4x, ADMM": args, "low rank, 4x, one-shot": args | dict(admm_epochs=0),
         "low rank, 4x, bare cut": args | dict(admm_epochs=0, finetune_epochs=0),
         "low rank, uniform ranks, 4x, ADMM": args | dict(rank_rule="uniform"),
         "low rank, 4x fewer MACs, ADMM": args | dict(budget="macs"),
         "low rank, 4x, ADMM, not fine-tuned": args | dict(finetune_epochs=0, lr=0.1, admm_lr=0.7),
-        "filters, 10x, ADMM": admm | dict(mode="admm"), "filters, 10x, one-shot": admm | dict(mode="post"),
+        "filters, 10x, ADMM": admm | dict(mode="admm"),
+        "filters, grouped, 10x, one-shot": admm | dict(mode="post", group_residual=True),
         "filters, width 1 to 1, lottery ticket": admm | dict(mode="ticket", target_width=1),
         "width 1, from scratch": admm | dict(mode="scratch", target_width=1),
-        "single weights, 10x, HYDRA scores": hydra | dict(scores="hydra", objective="pgd", prune_epochs=2),
-        "single weights, 10x, lowest magnitudes, TRADES":
-            hydra | dict(scores="lwm", objective="trades", prune_epochs=2),
+        "single weights, 10x, HYDRA scores": hydra | dict(scores="hydra", objective="pgd"),
+        "single weights, 10x, lowest magnitudes, TRADES": hydra | dict(scores="lwm", objective="trades"),
         "1 bit, BinaryConnect": relax | dict(bits=1, method="bc"), "4 bits": relax | dict(bits=4),
         "float, 6 more epochs": relax | dict(bits=32)}
     for i, changed in enumerate(rows.values()):
         write_run(f"run{i}", result | dict(args=changed))
     assert labels("run*") == {*rows, "dense"} and not capsys.readouterr().err
-    # Added are flags that differ and are in no word, and the losses of the attack (loss in older files);
-    # where two rows would have one name all flags; to a dense network's name those that shaped it.
+    # Added are flags that differ and the attack's losses (loss in older files); all, where names are equal.
     old = {k: v for k, v in result["attack"].items() if k != "losses"} | dict(loss="margin")
     write_run("other", result, args=dict(momentum=0.5, width=2), dense=dict(clean_acc=1.0))
     write_run("third", result, args=dict(admm_lr=0.7), attack=old)
@@ -2118,8 +2064,7 @@ def begin(rank, count, port, found, work, *args):
 
 
 def together(count, work, *args):
-    """What work(*args) gives in each of several processes, which meet as torchrun's do. They are forked from
-    one that has only imported this file."""
+    """What work(*args) gives in each of several processes, forked from one that only imported this file."""
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_all"])
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -2314,7 +2259,6 @@ PUBLISHED = [dict, lambda state: dict(state_dict=state, epoch=9, best=torch.tens
 @pytest.mark.parametrize("form", PUBLISHED)
 @pytest.mark.parametrize("shortcut, linear", [("shortcut", "linear"), ("downsample", "fc")])
 def test_pretrained_takes_what_others_published(tmp_path, monkeypatch, digits, form, shortcut, linear):
-    """With their normalisation, their names, and in their half precision."""
     own, images = shaken("resnet18", 1, 1, 8).half().float().eval(), common.to_float(digits.test[0][:40])
     theirs = own.state_dict()
     theirs = {k.replace("shortcut", shortcut).replace("linear", linear): t for k, t in theirs.items()}

@@ -41,8 +41,9 @@ OBJECTIVES = {"natural": "clean images", "trades": "TRADES", "crown-ibp": "CROWN
 OF_SEED = {"seed", "pretrained", "ticket"}                       # flags that may differ with the seed
 FIRST_PHASE = {"admm_epochs", "prune_epochs", "relax_epochs"}
 UNSAID = FIRST_PHASE | {                                         # flags in words, or that follow from others
-    "script", "ratio", "bits", "budget", "rank_rule", "scheme", "mode", "target_width", "scores", "objective",
-    "method", "finetune_epochs", "admm_lr", "prune_lr", "relax_lr", "finetune_lr", "step_size"}
+    "script", "ratio", "bits", "budget", "rank_rule", "scheme", "group_residual", "mode", "target_width",
+    "scores", "objective", "method", "finetune_epochs", "admm_lr", "prune_lr", "relax_lr", "finetune_lr",
+    "step_size"}
 OF_DENSE = {                                                     # flags that shape the dense network
     "script", "dataset", "arch", "width", "train_images", "pretrain_epochs", "batch_size", "lr", "amp",
     "epsilon", "num_steps", "ramp_epochs", "objective", "adv_weight", "nat_weight", "noise"}
@@ -144,6 +145,7 @@ def method_of(run):
         first, last = 0, first + last
     what = SCHEMES.get(args.get("scheme"), "low rank" if "rank_rule" in args else run["script"])
     what += ", uniform ranks" * (args.get("rank_rule") == "uniform")
+    what += ", grouped" * bool(args.get("group_residual"))
     far = f"{args['ratio']:g}x" + " fewer MACs" * (args.get("budget") == "macs")
     if args.get("target_width") and what == "filters":
         far = f"width {args['width']} to {args['target_width']}"
