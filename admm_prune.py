@@ -6,7 +6,7 @@ Both? ICCV 2019, arXiv 1903.12561 (equation numbers are those of its second vers
 The idea: a small network does not become robust, a large one does; so prune while training adversarially,
 and let ADMM pull the weights towards sparse ones, so that the final cut costs little.
 
-  [A]  min_W  E max_{|d| <= epsilon} loss(f_W(x + d), y)    s.t. W_l = Z_l in S_l              Eq. (2), (3)
+  [A]  min_W  E max_{|d| <= epsilon} loss(f_W(x + d), y)    s.t. W_l = Z_l in S_l        Eq. (3); PGD: (2)
   [B]  S_l: at most ceil(n_l / ratio) of layer l's n_l filters, columns or weights are not zero    Sec. 3.1
   [C]  project(V): the units of largest norm stay as they are, the others become zero              Sec. 3.1
   [D]  W <- SGD (the paper: Adam) on  loss(f_W(x_adv), y) + rho/2 sum_l ||W_l - Z_l + U_l||^2       Eq. (8)
@@ -15,23 +15,23 @@ and let ADMM pull the weights towards sparse ones, so that the final cut costs l
   [G]  W <- project(W), the pruned stay zero; then trained on like [A], with a fresh optimizer
   [H]  of filters, W_l is the weight, its bias and the batch norm's scale and shift: all that the cut zeroes;
        which filters stay depends on the weights alone
-A column is one of the matrix (filters, C k k): a position (c, y, x) in all filters. The paper's theta is W.
+A column is one of the matrix (filters, C k k): a position (c, i, j) in all filters. The paper's theta is W.
 
-Sources. The problem, [A] to [E] and pruning every layer alike are the paper's. Its classifier stays
-whole in the authors' code, from which [G] comes too. The paper prints [F] as U + rho (W - Z), which does not
-agree with its (8) and (10); this is the form that does, and the one of the code. Ours: [H], the rule for rho,
-all schedules, that dead filters leave the network, and --group-residual. Why [H]: batch norm undoes it when
-all weights of a filter shrink together, so that pulling these alone prepares no cut. The authors' code pulls
-and cuts them alone, and the shift of the batch norm lives on: its pruned filters still give constants. There
-U keeps a graph too, so that after m updates the penalty pulls 1 + m times as hard as [D]: a rho of the paper
-is weaker here.
+Sources. The problem, [A] to [E] and pruning every layer alike are the paper's; [G] and the whole classifier
+the authors' code's. The paper prints [F] as U + rho (W - Z), which does not agree with its (8) and (10); the
+code has this form. The paper's rho is 1e-3; the code multiplies it by 1.3 at each update, and its U keeps an
+autograd graph: after m updates the penalty pulls 1 + m times as hard as [D]. Ours: [H], rho's default, all
+schedules, the reading of --mode ticket, removing dead filters, and --group-residual: only with it does a
+ResNet-18 pruned 16 -> 4 become as small as one of width 4. Why [H]: batch norm undoes the shrinking of a
+whole filter, so that pulling its weights alone prepares no cut. The authors' code does just that, and the
+batch norm's shift lives on: its pruned filters still give constants.
 
   python admm_prune.py --dataset digits                two minutes on two CPU cores, no network
   python admm_prune.py --arch resnet18 --target-width 4                 CIFAR-10, 16 -> 4, for a GPU
   python admm_prune.py --arch resnet18 --target-width 4 --pretrain-epochs 300 --admm-epochs 270
-      --admm-interval 9 --finetune-epochs 300 --batch-size 128 --rho 1e-3      300 epochs, K = 30, its rho
+      --admm-interval 9 --finetune-epochs 300 --batch-size 128 --rho 1e-3   its 300, K = 30, rho; ours: 9
 The paper, clean / PGD-10 robust % (Table 4): ResNet-18 of width 16 82.71 / 49.31, of width 4 from scratch
-77.35 / 44.99, pruned 16 -> 4 78.85 / 47.19. Table 2, MNIST, PGD-40: width 8 98.85 / 93.51, 4 98.15 / 91.38,
+77.35 / 44.99, pruned 16 -> 4 78.85 / 47.19. Table 2, LeNet, PGD-40: width 8 98.85 / 93.51, 4 98.15 / 91.38,
 8 -> 4 98.87 / 94.27. What we measured is in results/README.md.
 """
 import math
@@ -58,10 +58,10 @@ def get_args(argv=None):
     paper.add_argument("--target-width", type=whole(1, 64), help="instead: the ratio is width / target width")
     paper.add_argument("--group-residual", action="store_true", help="one filter mask for a residual stream")
     paper.add_argument("--admm-epochs", type=whole(0, 10000), help="0 is the one-shot baseline")
-    paper.add_argument("--admm-interval", type=whole(1, 10000), help="epochs an ADMM iteration (default: 1)")
+    paper.add_argument("--admm-interval", type=whole(1, 10000), help="epochs per ADMM iteration (default: 1)")
     paper.add_argument("--admm-lr", type=rate, help="peak learning rate (default: half of --lr)")
     paper.add_argument("--finetune-lr", type=rate, help="of fine-tuning (default: --lr)")
-    paper.add_argument("--rho", type=number(1e-9, 1000), help="penalty (default: fits rate and interval)")
+    paper.add_argument("--rho", type=number(1e-9, 1000), help="default: 3 (1 - momentum) / (rate * steps)")
     paper.add_argument("--rho-growth", type=number(1, 100), help="factor at every update (default: 1)")
     paper.add_argument("--rho-max", type=number(1e-9, 1000), help="where the growth ends (default: 10)")
     args = resolve(parser, parser.parse_args(argv), longest_ramp=lambda args: phases_of(args)[
@@ -94,7 +94,7 @@ def get_args(argv=None):
     return args
 
 
-# What the modes do with the epochs P + A + F of pre-training, ADMM and fine-tuning: all spend their sum.
+# How each mode spends the epochs p + a + f of pre-training, ADMM and fine-tuning: the sum is the same.
 MODES = {
     "admm": lambda p, a, f: (p, a, f),                           # the paper's method
     "post": lambda p, a, f: (p, 0, a + f),                       # cut at once, its appendix A

@@ -10,20 +10,20 @@ to those every epoch and there at last; adversarially, with noise, and with clea
   [A]  f(x) = 1/n sum_i net_i(x);  in net_i, after every residual block,  h <- h + a std(h) N(0, 1)
   [B]  q = Proj(v) = s c in Q, one scale s >= 0 a tensor, codes c of few values:
          1 bit    c = sign(v);  s = mean |v|
-         2 bits   c = sign(v) where |v| >= 0.7 mean |v|, else 0;  s = mean |v| over those kept
+         2 bits   (ternary) c = sign(v) where |v| >= 0.7 mean |v|, else 0;  s = mean |v| over those kept
          m bits   |c| = min(M, ceil(|v| / s0 - 1/2)), M = 2^(m-1) - 1, s0 = 2 max |v| / (2 M + 1);
                   s = <|v|, |c|> / <c, c>
   [C]  w = (lam q + v) / (lam + 1), where the network runs; the proximal point of lam/2 dist(w, Q)^2 if q is
          the nearest of Q, as for 1 bit; the other two are the authors' rules, near it
   [D]  v <- SGD(v, dL/dw):  the gradient is taken at w, the step, its momentum and weight decay act on v
-  [E]  lam <- 350^(1 / switch) lam after every epoch, from 1; from epoch switch = --relax-epochs on, w = q
-  [F]  L = 8 CE(f_w(x_adv), y) + 1 CE(f_w(x), y),  x_adv by PGD on f_w
-  [G]  an input channel k of a layer is dead where W[:, k] = 0; what writes it goes where none else reads it
+  [E]  lam <- 350^(1 / switch) lam after every epoch, from 1 (theirs: 1.05 lam, switch 120); then w = q
+  [F]  L = 8 CE(f_w(x_adv), y) + 1 CE(f_w(x), y),  x_adv by PGD on f_w;  (9) of the paper, says its README
+  [G]  input channel k of a layer is dead if W[:, k] = 0;  ours: if no layer reads it, its writer is removed
 The latent weights, the authors' y, are v here; x, y are always image and label.
 
 Sources. The body of 2008.13305 was not available: [A] to [G] are from its authors' code, from Binary-
-Relax's and from EnResNet's. Quantised are, as there, all convolutions but the 1x1 shortcuts, the first one
-included, and in the networks of common.py hidden linear layers too; the rest stays float. What differs from
+Relax's and from EnResNet's. As there, all convolutions but the 1x1 shortcuts are quantised, the first too,
+and in the networks of common.py hidden linear layers; the rest stays float. What differs from
 the authors' code: std is that of each image, theirs runs over the batch, so that an image's logits depend on
 its neighbours; their 2-bit scale is a mean over all weights, zeros too, which is no projection; sign(0) is 1;
 PGD sees batch norm's running statistics, and its iterates do not enter them; evaluated is q of the last v, on
@@ -31,7 +31,7 @@ images that are not cropped, and nothing is selected; SGD is Nesterov's. Noise i
 and in evaluation, as theirs. Ours: one cycle of the rate over both phases, not steps; and pre-training.
 [F] is not normalised, so that its step is nine times that of --adv-weight 1 --nat-weight 0. A network with
 noise is attacked with EOT, evaluated by the mean over 10 draws, and flagged as random. In an EnResNet only
-channels between the two convolutions of a block can go: of the dead ones, a part.
+channels between the two convolutions of a block can be removed, which is part of the dead ones.
 
   python binary_relax.py --dataset digits --bits 2     three minutes of one CPU core, no network
   python binary_relax.py --depth 56 --bits 4           CIFAR-10, En1ResNet56, for a GPU
@@ -62,11 +62,11 @@ def get_args(argv=None):
     parser = script_parser(__doc__, __file__, "relax_epochs", ["enresnet"], adapt)
     parser.set_defaults(eval_steps=None)                             # with noise fewer: see below
     paper = parser.add_argument_group("Binary-Relax, EnResNet and the trade-off loss")
-    paper.add_argument("--eot", type=whole(1, 1000), help="passes a gradient, with noise (default: 10)")
-    paper.add_argument("--bits", type=int, choices=(1, 2, 4, 32), default=2, help="a weight; 32 is float")
+    paper.add_argument("--eot", type=whole(1, 1000), help="passes per gradient, with noise (default: 10)")
+    paper.add_argument("--bits", type=int, choices=(1, 2, 4, 32), default=2, help="per weight; 32 is float")
     paper.add_argument("--method", choices=("br", "bc"), default="br", help="bc, BinaryConnect: w = q always")
     paper.add_argument("--relax-epochs", type=whole(0, 10000), help="before the switch to quantised weights")
-    paper.add_argument("--relax-lr", type=rate, help="the other phases' peak (default: --lr / 2)")
+    paper.add_argument("--relax-lr", type=rate, help="peak of both later phases (default: --lr / 2)")
     paper.add_argument("--adv-weight", type=number(0, 1000), default=8.0, help="of adversarial images")
     paper.add_argument("--nat-weight", type=number(0, 1000), default=1.0, help="of clean images")
     paper.add_argument("--depth", type=whole(8, 1202), help="6 b + 2 layers of an enresnet (default: 20)")
@@ -227,7 +227,7 @@ def sparsity(weights):
 
 
 def without_dead(model, state):
-    """[G] The state without the channels that no layer reads, of which each group keeps one at least. In an
+    """[G] The state without the channels that no layer reads; at least one channel of a group stays. In an
     EnResNet these are channels within blocks: those between blocks also enter the noise and the sum."""
     groups = [({f"{name}.conv1": f"{name}.bn2"}, [], [f"{name}.conv2"])
               for name, m in model.named_modules() if isinstance(m, NoisyBlock)]
@@ -367,8 +367,8 @@ def main(argv=None):
     save_model(run.folder / "model.pt", run.script, "compact", network, model, args, state=state, **codes)
 
     def extra_metrics(model, robust):
-        """The authors' FGSM and I-FGSM (20 steps of 1/255 at 8/255), one pass a gradient; for C&W in l2, its
-        loss in l_inf."""
+        """The authors' FGSM and I-FGSM (20 steps of 1/255 at 8/255), one pass per gradient; for C&W in l2,
+        its loss in l_inf."""
         attack = dict(epsilon=args.epsilon, random_start=False, anneal=False, restarts=1, seed=args.seed)
         step, eot = args.epsilon / 8, args.eot or 1
         attacks = dict(fgsm=dict(step_size=args.epsilon, num_steps=1, eot=1),

@@ -1174,7 +1174,7 @@ class Run:
 
     def __init__(self, args, data, script, phases, argv=None):
         self.args, self.data, self.script, self.phases = args, data, Path(script).stem, phases
-        size = f"r{args.ratio:g}" if "ratio" in args else f"b{args.bits}"
+        size = f"b{args.bits}" if "bits" in args else f"r{getattr(args, 'ratio', 1):g}"
         args.output = args.output or (f"runs/{self.script}-{args.dataset}-{args.arch}w{args.width}"
                                       f"-{size}-s{args.seed}")
         self.folder = Path(args.output)

@@ -3,39 +3,39 @@
 Sehwag, Wang, Mittal, Jana: Towards Compact and Robust Deep Neural Networks. 2019, arXiv 1906.06110. And:
 HYDRA: Pruning Adversarially Robust Neural Networks. NeurIPS 2020, arXiv 2002.10509.
 
-The idea: train for the robustness that you want, in every phase. The first paper prunes what is small (LWM),
+The idea: train for the robustness that you want, in every phase. The first paper prunes by magnitude (LWM),
 whatever the objective; HYDRA lets the objective decide, by training importance scores before the cut.
 
   [A]  L: natural, pgd, [F], [J], [K] or [L], the same in all phases; pre-train  min_w E L(w; x, y)
   [B]  m(s) = 1 for the ceil(n / ratio) largest |s| of a layer's n weights, else 0
   [C]  s = sqrt(6 / fan_in) w / max |w|           first scores: m(s) then prunes the lowest magnitudes (LWM)
-  [D]  prune      min_s E L(w * m(s); x, y)       w fixed; m passes gradients on: dL/ds = sign(s) w dL/d(w m)
+  [D]  prune      min_s E L(w * m(s); x, y)  w fixed, free batch norms train; dL/ds := sign(s) w dL/d(w m)
   [E]  fine-tune  min_w E L(w * m; x, y)          m fixed
   [F]  trades     CE(f(x), y) + beta KL(p(x) || p(x_adv)),  x_adv maximises that KL
   [G]  interval bounds: center c and radius r of a box become W c + b and |W| r; the last layer takes margins
   [H]  CROWN-IBP: margins as linear functions of x, each ReLU between two lines over its interval of [G]
   [I]  symbolic intervals: so too, the lines both of slope u / (u - l), each layer's l and u from such lines
-  [J]  crown-ibp  CE of the logits -lower(f_y - f_j), lower = share * [H] + (1 - share) * [G]
+  [J]  crown-ibp  CE of the logits -lower(f_y - f_j), lower = share [H] + (1 - share) [G], share 1 to 0
   [K]  mixtrain   CE(f(x), y), and with probability 0.8 + w CE of the logits -lower, [I], of k random images;
                   w = min(50, 0.1 * 2.5^floor(t / 5)), t: the phase's epochs at the full radius
   [L]  smooth     CE(f(x), y) + beta KL(p(x) || p(x + sigma N(0, 1)))
 
-Sources. The text of neither paper was available: the procedure is from their abstracts, [B] to [F] and [J]
-to [L] from HYDRA's code, where [F] is Zhang et al. 2019 (TRADES), [H] and [J] Zhang et al. 2020, [I] and [K]
-Wang et al. 2018 (symbolic intervals, MixTrain), [L] Carmon et al. 2019, whose certificate (Cohen et al. 2019)
-is in tools/evaluate.py. The first paper's verifiable objective is not known. The box is clamped to [0, 1],
-not to the batch as in HYDRA's code. Ours: the schedules (in [K] too, the radius grows by steps), verified
-accuracy by the best of all bounds, no weight decay on s, that LWM fine-tunes for the epochs that HYDRA spends
-on [D], and --scheme filter: one score a filter, first its norm; m is on what it gives after its own batch
-norm, and 0.001 for 0 in [D]: ReLU passes no gradient at 0, so that a pruned filter could never return.
+Sources. Neither text was available: the procedure is from the abstracts, [B] to [F] and [J] to [L] from
+HYDRA's code, which prunes all layers, the classifier too; its [J] ends at share 0, pure [G]. [F] is Zhang et
+al. 2019 (TRADES), [H], [J] Zhang et al. 2020, [I], [K] Wang et al. 2018 (MixTrain), [L] Carmon et al. 2019,
+with its certificate (Cohen et al. 2019) in tools/evaluate.py. LWM as the first paper's, there in steps, is a
+survey's word (2409.01249); its verifiable objective is not known. Ours: a box clamped to [0, 1], not to the
+batch's range, schedules (in [K] too the radius grows by steps), the best of all bounds, no weight decay on s,
+[D]'s epochs added to LWM's fine-tuning, and --scheme filter: a score per filter, first its norm; m is on what
+it gives after its own batch norm, and 0.001 for 0 in [D]: at 0 ReLU would let no pruned filter return.
 
   python hydra_prune.py --dataset digits               two minutes on two CPU cores, no network
   python hydra_prune.py --arch vgg16 --ratio 10        CIFAR-10, for a GPU; the first paper: --scores lwm
   python hydra_prune.py --arch wrn28_4 --objective trades --pretrain-epochs 100 --prune-epochs 20
       --finetune-epochs 100 --finetune-lr 0.01 --lr 0.1 --batch-size 128 --weight-decay 1e-4    HYDRA's length
-1906.06110 (abstract): at ratio 10, 93 % of clean, 92.5 % of empirical robust, 85 % of verified accuracy are
-preserved. HYDRA (its table, with extra data), VGG-16 with three linear layers, CIFAR-10, robust %: dense
-51.9; ratio 10 LWM 48.8, HYDRA 49.5; ratio 100 LWM 34.3, HYDRA 41.7. What we measured is in results/README.md.
+1906.06110 (abstract): ratio 10 keeps on average 93 % of clean, 92.5 % of empirical robust, 85 % of verified
+accuracy. HYDRA (its table, with extra data), WRN-28-4 as above, CIFAR-10, robust %: dense 57.2; ratio 10 LWM
+53.8, HYDRA 55.2; ratio 100 LWM 37.3, HYDRA 47.3. What we measured is in results/README.md.
 """
 import copy
 import math
@@ -63,12 +63,12 @@ VERIFIABLE_RADIUS = dict.fromkeys(RECIPES, 2 / 255) | {"digits": 0.02, "mnist": 
 
 def get_args(argv=None):
     parser = script_parser(__doc__, __file__, "prune_epochs")
-    paper = parser.add_argument_group("robust pruning")
+    paper = parser.add_argument_group("robust pruning (letters: see the head of the file)")
     paper.add_argument("--scores", choices=("lwm", "hydra"), default="hydra", help="lowest magnitude or [D]")
     paper.add_argument("--objective", choices=OBJECTIVES, default="pgd", help="of all phases")
     paper.add_argument("--scheme", choices=("irregular", "filter"), default="irregular")
     paper.add_argument("--ratio", type=number(1, 10000), default=10.0, help="units, all / kept in each layer")
-    paper.add_argument("--prune-epochs", type=whole(0, 10000), help="of [D]; lwm fine-tunes as many more")
+    paper.add_argument("--prune-epochs", type=whole(0, 10000), help="of [D]; lwm adds them to fine-tuning")
     paper.add_argument("--prune-lr", type=rate, help="of the scores (default: --lr)")
     paper.add_argument("--finetune-lr", type=rate, help="of fine-tuning (default: --lr)")
     paper.add_argument("--beta", type=number(0, 1000), help="of [F] and [L] (default: 6)")
@@ -259,8 +259,8 @@ def cheap_margins(layers, boxes, y):
 def verify(model, images, epsilon, robust):
     """{verified_acc, verified_ci}: images (uint8 (N, C, H, W), labels (N,)) of which the bounds prove, in
     float64, that nothing within epsilon changes the class; {} for networks without known bounds. [I] is slow:
-    it gets what the others leave of those that are robust (N,), by the attack's verdict. Raises Fault should
-    one that is not be verified: then a bound is wrong."""
+    it gets what the others leave of the images that are robust (N,) by the attack's verdict. Fault if any
+    other image is verified: a bound is then wrong."""
     exact = copy.deepcopy(model).double()
     try:
         layers = plain_layers(exact)
@@ -303,7 +303,7 @@ def objective(model, x, y, args, strength, w=0.1):
     if args.objective == "mixtrain":
         logits = model(x)
         loss = F.cross_entropy(logits, y)
-        if torch.rand(()) < 0.8:                                     # a coin of the CPU: a GPU need not wait
+        if torch.rand(()) < 0.8:                                     # drawn on the CPU: no GPU has to wait
             k, layers = torch.randint(len(x), (args.mix_images,), device=x.device), plain_layers(model)
             lower = symbolic_margins(layers, interval_boxes(layers, x[k], epsilon), y[k])        # [I]
             loss = loss + w * F.cross_entropy(-lower, y[k])                          # [K]
@@ -327,14 +327,14 @@ def objective(model, x, y, args, strength, w=0.1):
 
 
 def train_epoch(model, batches, optimizer, schedule, args, scores=None, masks=None,
-                strength=lambda i: 1.0, epochs=0):
-    """One epoch of [A]; with scores of [D], with masks of [E]; strength(i) is the objective's at batch i, and
-    `epochs` came before at full radius. Returns what is logged: mean loss, per cent right of its logits."""
+                strength_at=lambda i: 1.0, epochs=0):
+    """One epoch of [A]; with scores of [D], with masks of [E]; strength_at(i) is the objective's strength in
+    batch i, epochs is t of [K]. Returns what is logged: mean loss, per cent of its logits that are right."""
     w = min(50.0, 0.1 * 2.5 ** min(7, max(epochs, 0) // 5))                          # [K]; 2.5^7 / 10 > 50
     total = right = n = 0
     for step, (x, y) in enumerate(batches):
         with autocast(args):
-            loss, logits = objective(model, x, y, args, strength(step), w)           # [A]
+            loss, logits = objective(model, x, y, args, strength_at(step), w)        # [A]
         total, right, n = total + loss.detach() * len(y), right + (logits.argmax(1) == y).sum(), n + len(y)
         model.zero_grad()                                            # in [D] the optimizer has no weights
         loss.backward()
@@ -350,9 +350,9 @@ def train_epoch(model, batches, optimizer, schedule, args, scores=None, masks=No
         raise Fault("the training loss is not finite: training has diverged (try a lower --lr, or --amp off)")
     fields = dict(loss=total.item() / n, train_acc=100 * right.item() / n)
     if args.objective == "crown-ibp":
-        fields["share"] = 1 - (1 - args.final_share) * strength(step)
+        fields["share"] = 1 - (1 - args.final_share) * strength_at(step)
     fields |= dict(w=w) if args.objective == "mixtrain" else {}
-    return fields | dict(epsilon=args.epsilon * strength(step))
+    return fields | dict(epsilon=args.epsilon * strength_at(step))
 
 
 def optimizer_of(module, lr, epochs, data, args, scores=()):
@@ -384,7 +384,7 @@ def main(argv=None):
     optimizer, schedule = optimizer_of(model, args.lr, phases["pretrain"], data, args)
     for epoch in run.epochs("pretrain", model=model, optimizer=optimizer, schedule=schedule):
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, epochs=epoch - args.ramp_epochs,
-                             strength=lambda step: ramp(epoch * steps + step, args.ramp_epochs * steps))
+                             strength_at=lambda i: ramp(epoch * steps + i, args.ramp_epochs * steps))
         run.log(epoch=epoch + 1, **fields)
     dense = run.folder / "dense.pt"
     run.compute_once("dense", lambda: save_model(dense, run.script, "dense", network, model, args))

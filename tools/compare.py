@@ -146,7 +146,7 @@ def method_of(run):
     what = SCHEMES.get(args.get("scheme"), "low rank" if "rank_rule" in args else run["script"])
     what += ", uniform ranks" * (args.get("rank_rule") == "uniform")
     what += ", grouped" * bool(args.get("group_residual"))
-    far = f"{args['ratio']:g}x" + " fewer MACs" * (args.get("budget") == "macs")
+    far = (f"{args['ratio']:g}x" if "ratio" in args else "") + " fewer MACs" * (args.get("budget") == "macs")
     if args.get("target_width") and what == "filters":
         far = f"width {args['width']} to {args['target_width']}"
     how = ("one-shot", "ADMM") if "scores" not in args else ("lowest magnitudes", "HYDRA scores")
