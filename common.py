@@ -105,9 +105,9 @@ def script_parser(doc, script, phase, networks=(), adapt=lambda recipe: {}):
     parser = Parser(doc, prog=Path(script).name)
     parser.recipes = {name: {phase if k == "compress_epochs" else k: v for k, v in (r | adapt(r)).items()}
                       for name, r in RECIPES.items()}
-    lines = (" ".join([f"  {name}:", *(f"--{k} {v:.5g}" if isinstance(v, float) else f"--{k} {v}"
+    lines = (" ".join([f"  {name}:", *(f"--{k.replace('_', '-')} {v if isinstance(v, str) else f'{v:.5g}'}"
                                        for k, v in r.items())]) for name, r in parser.recipes.items())
-    parser.epilog = "\n".join(["defaults of each data set:", *lines]).replace("_", "-")
+    parser.epilog = "\n".join(["defaults of each data set:", *lines])
     run = parser.add_argument_group("run")
     run.add_argument("--dataset", default="cifar10", help=f"{', '.join(RECIPES)} or a folder")
     run.add_argument("--data-dir", default="data", help="where data sets are looked for and downloaded to")
@@ -162,11 +162,11 @@ def resolve(parser, args, longest_ramp=lambda args: args.pretrain_epochs, **defa
         parser.error(f"argument --ramp-epochs: {ramp_given} is more than the {longest} epochs in which the "
                      "radius can grow")
     args.ramp_epochs = min(args.ramp_epochs, longest)
-    args.eval_step_size = args.eval_step_size or args.epsilon
+    args.eval_step_size = args.epsilon if args.eval_step_size is None else args.eval_step_size
     args.device = check_device(args.device)
     if args.batch_size % world() or args.batch_size < 2 * world():
         parser.error(f"argument --batch-size: {args.batch_size} is not {world()} equal shares of 2 or more")
-    if args.compile and not any(map(shutil.which, ("cc", "gcc", "c++", "g++", "clang++"))):
+    if args.compile and not any(map(shutil.which, ("cc", "gcc", "c++", "g++", "clang++", "cl"))):
         parser.error("argument --compile: torch.compile needs a C++ compiler, and none is on the PATH")
     args.amp = args.amp == "on" or args.amp == "auto" and bfloat16_is_fast(args.device)
     torch.manual_seed(args.seed)
@@ -228,7 +228,7 @@ def cli(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except (MemoryError, RuntimeError) as fault:
-        if isinstance(fault, RuntimeError) and not re.search("allocate|DataLoader worker", str(fault)):
+        if isinstance(fault, RuntimeError) and not re.search("allocat|of memory|ALLOC|worker .pid", str(fault)):
             raise                                                    # on a CPU, on a GPU, or killed for it
         status, message = 1, "out of memory; a smaller --batch-size or --width, or fewer --workers, need less"
     except (Fault, OSError) as fault:
@@ -448,7 +448,7 @@ def read_folders(root, workers, photos):
     <class>/* of photos. Only dot files and Thumbs.db are passed over."""
     def entries(folder):
         return sorted(e for e in os.listdir(folder) if e[0] != "." and e != "Thumbs.db")
-    photos = photos and (root / "val").is_dir() and not (root / "test").is_dir()
+    photos = photos and (root / "val").is_dir() and not any(map(os.path.isdir, (root / "test").glob("*")))
     splits, labels, names = [], [], []
     for split in (root / "train", root / ("val" if photos else "test")):
         names.append([e for e in entries(split) if (split / e).is_dir()] if split.is_dir() else [])
@@ -483,11 +483,10 @@ def read_images(splits, workers):
     files = np.concatenate(splits)
     with ThreadPoolExecutor(workers) as pool:
         images, grey = zip(*pool.map(read, files))
-    size = images[0].shape
     for path, image in zip(files, images):
-        if image.shape != size:
-            raise Fault(f"{os.fsdecode(path)} has {image.shape[1]}x{image.shape[0]} pixels, the first image "
-                        f"{size[1]}x{size[0]}: all must have one size")
+        if image.shape != images[0].shape:
+            (h, w, _), (h0, w0, _) = image.shape, images[0].shape
+            raise Fault(f"{os.fsdecode(path)} has {w}x{h} pixels, the first image {w0}x{h0}: sizes differ")
     images = np.stack(images)[..., :1 if all(grey) else 3].transpose(0, 3, 1, 2)
     return np.split(np.ascontiguousarray(images), [len(splits[0])])
 
@@ -840,15 +839,16 @@ def per_cent(correct):
 def evaluating(*models, seed=0):
     """Eval mode, no gradients, float32 without TF32, random numbers of their own; all put back afterwards."""
     modes = [(m, m.training) for model in models for m in model.modules()]
-    device = next(models[0].parameters()).device
+    device, precision = next(models[0].parameters()).device, torch.get_float32_matmul_precision()
     try:
-        for model in models:
-            model.eval()
+        nn.ModuleList(models).eval()
+        torch.set_float32_matmul_precision("highest")
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []), \
                 torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             torch.manual_seed(seed)
             yield torch.Generator(device).manual_seed(seed)
     finally:
+        torch.set_float32_matmul_precision(precision)
         for module, mode in modes:
             module.training = mode
 
@@ -887,7 +887,7 @@ def checked(model, images):
 def batched(images, labels, *more, label="evaluation"):
     """Yields (x float, y, ...) in batches; what comes after y are views that may be written to."""
     most, numbers = (1000, 2**24) if images.device.type == "cuda" else (250, 2**22)
-    size = min(most, max(1, numbers // images[0].numel()))           # of photos fewer: they fill the memory
+    size = min(most, max(1, numbers // math.prod(images.shape[1:])))     # of photos fewer: they fill memory
     batches = list(zip(images.split(size), labels.split(size), *(m.split(size) for m in more)))
     for x, *rest in progress(batches, label, len(batches)):
         yield to_float(x), *rest
@@ -1005,8 +1005,8 @@ def count_macs(model, network):
 
 def latency(models, network, batch_size, device):
     """Median milliseconds of each model's forward pass, float32, channels last, timed in turn in one loop."""
-    x = torch.zeros((batch_size, network["channels"], *network["size"]), dtype=torch.uint8, device=device)
-    x, times, wait = to_float(x), [], torch.cuda.synchronize if device != "cpu" else lambda: None
+    x = to_float(torch.zeros((batch_size, network["channels"], *network["size"]), device=device))
+    times, wait = [], functools.partial(torch.cuda.synchronize, device) if device != "cpu" else lambda: None
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
         while len(times) < 6 or times[-1][-1] - times[1][0] < 0.5:
             times.append([time.perf_counter()])
@@ -1237,11 +1237,11 @@ class Run:
         """log.jsonl, cut where the checkpoint ends and locked against other processes."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file = open(self.folder / "log.jsonl", "a")
-        with contextlib.suppress(ImportError):                   # no fcntl, no lock, on Windows
+        with contextlib.suppress(ImportError, OSError):          # Windows, or a file system without locks
             import fcntl
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise UsageFault(f"argument --output: another process is running in {self.folder}") from None
         for stale in (*self.folder.glob("*.pt.*.tmp"), *self.folder.glob("result.json.tmp")):  # of dead runs
             stale.unlink()

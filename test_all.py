@@ -1600,8 +1600,7 @@ def test_a_forked_script_in_another_folder_makes_files_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("sent, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_stops_at_once_and_says_how_to_continue(tmp_path, sent, status):
-    folder = tmp_path / "\udcff"                                 # a name that no terminal can print
-    folder.mkdir()
+    (folder := tmp_path / "\udcff").mkdir()                      # a name that no terminal can print
     for name in ("last.pt.123.tmp", "result.json.tmp", "own.tmp"):           # of a process that was killed
         (folder / name).touch()
     process = spawn("cstar.py", *TINY, "--pretrain-epochs", "500", "--output", folder)
@@ -1664,7 +1663,8 @@ def test_whatever_ends_a_program_is_one_line(tmp_path, monkeypatch):
     status, errors = run_cli(interrupted, ["--seed", "3"], monkeypatch, Terminal)
     assert status == 130 and errors.count("\n") == 1
     assert errors.rpartition("\r\033[K")[2].startswith("cstar.py: stopped") and "--seed 3 --resume" in errors
-    for main in (lambda: torch.empty(10**15), lambda: np.empty(10**15)):
+    full = Mock(side_effect=RuntimeError("CUDA error: out of memory"))
+    for main in (lambda: torch.empty(10**15), lambda: np.empty(10**15), full):
         ends(main, [], monkeypatch, 1, "out of memory")
     for main, status in ((lambda: cstar.main(["--epsilon", "8"]), 2), (interrupted, 130)):
         assert run_cli(main, [], monkeypatch, lambda: None)[0] == status                 # `2>&-`
@@ -1935,7 +1935,7 @@ def test_compare_names_rows_as_a_person_does(finished, tmp_path, capsys, monkeyp
     rate = f"momentum={args['momentum']:g}"
     assert labels("run0", "other", "third") == {
         f"{same}, loss={loss}, {rate}, width=1", f"{same}, loss={loss}, momentum=0.5, width=2",
-        f"{same}, loss=margin, {rate}, width=1", "dense, width=1", "dense, width=2"}
+        f"{same}, loss=margin, {rate}, width=1", f"dense, {rate}, width=1", "dense, momentum=0.5, width=2"}
     write_run("third", result, args=dict(admm_lr=0.7))
     assert labels("run0", "third") == {"dense", *(f"{same}, admm_lr={lr:g}" for lr in (0.7, args["admm_lr"]))}
 

@@ -180,7 +180,7 @@ def bench_inference(args, device):
         for rule in ("hull", "uniform"):
             ranks = cstar.choose_ranks(weights, budget, rule)
             models[f"cstar {rule}"] = cstar.factorise_(copy.deepcopy(dense), ranks).eval()
-    if args.width % 4 == 0:
+    if args.width % 4 == 0 and not args.arch.startswith("imagenet_"):
         models["filters"] = build_network(args.arch, args.width // 4, 3, 10, (32, 32)).eval()
     sizes = {name: sum(p.numel() for p in m.parameters()) for name, m in models.items()}
     macs = {name: count_macs(m, network) for name, m in models.items()}

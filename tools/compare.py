@@ -44,9 +44,11 @@ UNSAID = FIRST_PHASE | {                                         # flags in word
     "script", "ratio", "bits", "budget", "rank_rule", "scheme", "group_residual", "mode", "target_width",
     "scores", "objective", "method", "finetune_epochs", "admm_lr", "prune_lr", "relax_lr", "finetune_lr",
     "step_size"}
-OF_DENSE = {                                                     # flags that shape the dense network
-    "script", "dataset", "arch", "width", "train_images", "pretrain_epochs", "batch_size", "lr", "amp",
-    "epsilon", "num_steps", "ramp_epochs", "objective", "adv_weight", "nat_weight", "noise"}
+OF_DENSE = {                                                     # flags that shape its numbers
+    "script", "dataset", "arch", "width", "mean", "std", "train_images", "pretrain_epochs", "batch_size",
+    "lr", "amp", "momentum", "weight_decay", "epsilon", "step_size", "num_steps", "ramp_epochs", "objective",
+    "beta", "sigma", "final_share", "mix_images", "adv_weight", "nat_weight", "noise", "eval_images",
+    "eval_steps", "eval_step_size", "restarts", "loss"}
 
 
 def get_args(argv=None):

@@ -1,6 +1,6 @@
 """Evaluates a saved network: clean, under PGD, with sanity flags; and by other judges where asked for.
 
-  python tools/evaluate.py runs/DIR/model.pt                     what result.json says of it
+  python tools/evaluate.py runs/DIR/model.pt                     what result.json says (seed 0)
   python tools/evaluate.py runs/DIR/model.pt --losses ce --constant-step --step-size 2/255      Madry's PGD
   python tools/evaluate.py runs/DIR/model.pt --source OTHER.pt   PGD examples made on another network
   python tools/evaluate.py runs/DIR/model.pt --autoattack        needs the package pyautoattack
@@ -109,7 +109,8 @@ def certify(model, image, generator, *, sigma, draws, selection=100, alpha=0.001
     class is chosen with `selection` draws, others give the bound, which fails with probability alpha."""
     def votes(n):
         total = torch.zeros(classes, dtype=torch.long, device=image.device)
-        for size in [1000] * (n // 1000) + [n % 1000] * (n % 1000 > 0):
+        most = min(1000, max(1, 2**24 // image.numel()))             # of photos fewer: they fill memory
+        for size in [most] * (n // most) + [n % most] * (n % most > 0):
             noise = torch.randn((size, *image.shape), generator=generator, device=image.device)
             noisy = (image + sigma * noise).contiguous(memory_format=torch.channels_last)      # never clamped
             total += model(noisy).argmax(1).bincount(minlength=classes)
