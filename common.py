@@ -228,8 +228,8 @@ def cli(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except (MemoryError, RuntimeError) as fault:
-        if isinstance(fault, RuntimeError) and not re.search("allocat|of memory|ALLOC|worker .pid", str(fault)):
-            raise                                                    # on a CPU, on a GPU, or killed for it
+        if isinstance(fault, RuntimeError) and not re.search("(?i)alloc|of memory|worker .pid", str(fault)):
+            raise                                                    # not of memory: a fault of ours
         status, message = 1, "out of memory; a smaller --batch-size or --width, or fewer --workers, need less"
     except (Fault, OSError) as fault:
         status, message = getattr(fault, "status", 1), f"{Run.active.where if Run.active else ''}{fault}"
