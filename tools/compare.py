@@ -3,7 +3,7 @@
   python tools/compare.py runs/*                          at most 8 columns, sorted by bytes
   python tools/compare.py runs/* --columns method,bytes,robust,macs
   python tools/compare.py runs/* --commands               below it the folders and the command of each row
-  python tools/compare.py runs/* --plot FILE.png          robust accuracy against bytes (needs matplotlib)
+  python tools/compare.py runs/* --plot FILE.png          against bytes and time (needs matplotlib)
   python tools/compare.py --refresh README.md ...         prints the tables in these files again
 
 Columns: method, bytes, clean, robust; the first two of autoattack and verified (if a row has one), margin
@@ -242,35 +242,47 @@ def render(args, base):
 
 
 def draw(table, path):
-    """A picture of robust accuracy, with its interval or range, against bytes; a colour is one method."""
+    """Robust accuracy, with its interval or range, against bytes and against time; a colour is one method."""
     from matplotlib.figure import Figure
-    axes = Figure(figsize=(9, 5.5)).subplots()
-    methods, boxes = {}, []
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+    figure, methods = Figure(figsize=(14, 5.5), layout="constrained"), {}
     for label, runs in table:
         what, _, how = method_of(runs[0]) if "folder" in runs[0] else ("dense", "", "")
-        size, robust = (mean(run[k] for run in runs) for k in ("bytes", "robust_acc"))
+        size, speed, robust = (mean(run[k] for run in runs) for k in ("bytes", "speed", "robust_acc"))
         low, high = runs[0]["robust_ci"] if len(runs) == 1 else (
             f(run["robust_acc"] for run in runs) for f in (min, max))
-        point = size, robust, robust - low, high - robust, label
+        bar = robust - low, high - robust
+        point = dict(label=label, bytes=size, time=1 / speed, robust=robust, bar=bar)
         methods.setdefault((what, how) if what else "bits", []).append(point)
-    for i, (method, points) in enumerate(methods.items()):
-        size, robust, *bars, _ = zip(*points)
-        color, line = ("black", "x") if method == ("dense", "") else (f"C{i % 10}", "o-")
-        axes.errorbar(size, robust, bars, fmt=line, color=color, capsize=2, elinewidth=0.5, linewidth=0.8)
-    points = sorted((point for points in methods.values() for point in points), key=lambda point: point[1])
-    axes.set(xscale="log", xlabel="bytes of the file", ylabel="robust accuracy, % (95 % interval or range)",
-             xlim=(min(p[0] for p in points) / 1.4, max(p[0] for p in points) * 2.2))
-    axes.figure.draw_without_rendering()                         # settles the scale of the axes
-    for size, robust, *_, label in points:                       # a label moves up where another one is
-        x, y = axes.transData.transform((size, robust)) * 72 / axes.figure.dpi       # in points
-        place = y
-        for left, right, other in boxes:
-            if left < x + 4 * len(label) and x < right and abs(place - other) < 9:
-                place = other + 9
-        boxes.append((x, x + 4 * len(label), place))
-        axes.annotate(label, (size, robust), (5, place - y + 3), textcoords="offset points", fontsize=7)
-    drawn = "; ".join(f"{label}: {size:.0f} {robust:.1f}" for size, robust, *_, label in points)
-    axes.figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Title": drawn})
+    points = sorted(sum(methods.values(), []), key=lambda point: point["robust"])
+    for axes, key, name in zip(figure.subplots(1, 2, sharey=True), ("bytes", "time"), (
+            "bytes of the file", "time for 128 images, dense = 1")):
+        for i, (method, own) in enumerate(methods.items()):
+            color, line = ("black", "x") if method == ("dense", "") else (f"C{i % 10}", "o")
+            x, y, *bars = zip(*((p[key], p["robust"], *p["bar"]) for p in own))
+            axes.errorbar(x, y, bars, fmt=line + "-" * (key == "bytes"), color=color, capsize=2,
+                          elinewidth=0.5, linewidth=0.8)
+        least, most = (f(p[key] for p in points) for f in (min, max))
+        if key == "bytes":
+            axes.set(xlabel=name, xscale="log", xlim=(least / 1.4, most * 2.2))
+            axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=EngFormatter("B"),
+                           minor_formatter=NullFormatter())
+        else:
+            axes.set(xlabel=name, xlim=(0, most * 1.5))
+        figure.draw_without_rendering()                          # settles the scale of the axes
+        boxes = []
+        for p in points:                                         # a label moves up where another one is
+            x, y = axes.transData.transform((p[key], p["robust"])) * 72 / figure.dpi         # in points
+            place = y
+            for left, right, other in boxes:
+                if left < x + 4 * len(p["label"]) and x < right and abs(place - other) < 9:
+                    place = other + 9
+            boxes.append((x, x + 4 * len(p["label"]), place))
+            axes.annotate(p["label"], (p[key], p["robust"]), (5, place - y + 3), textcoords="offset points",
+                          fontsize=7)
+    figure.axes[0].set_ylabel("robust accuracy, % (95 % interval or range)")
+    drawn = "; ".join(f"{p['label']}: {p['bytes']:.0f} {p['robust']:.1f}" for p in points)
+    figure.savefig(path, dpi=120, metadata={"Title": drawn})
 
 
 # ---------------------------------------------------------------- --refresh, and the program
