@@ -276,8 +276,8 @@ def main(argv=None):
             save_model(run.folder / "dense.pt", run.script, "dense", network, model, args)
     run.compute_once("dense", save_dense)
 
-    # Phase 2: ADMM. W follows Z - U with time constant (1 - momentum) / (lr rho) steps; at the peak rate the
-    # interval has three. A rate that rises first suits single weights; filters would like cstar.py's better.
+    # Phase 2: ADMM pulls the dense weights towards sparse ones. W follows Z - U with time constant
+    # (1 - momentum) / (lr rho) steps; at the peak rate three of them fit the interval of updates.
     steps = args.admm_interval * data.steps(args.batch_size)
     rho = args.rho or 3 * (1 - args.momentum) / (args.admm_lr * steps)
     admm = ADMM(model, choose, rho, args.rho_growth, args.rho_max)

@@ -9,7 +9,7 @@ whatever the objective; HYDRA lets the objective decide, by training importance 
   [A]  L: natural, pgd, [F], [J], [K] or [L], the same in all phases; pre-train  min_w E L(w; x, y)
   [B]  m(s) = 1 for the ceil(n / ratio) largest |s| of a layer's n weights, else 0
   [C]  s = sqrt(6 / fan_in) w / max |w|           first scores: m(s) then prunes the lowest magnitudes (LWM)
-  [D]  prune      min_s E L(w * m(s); x, y)  w fixed, free batch norms train; dL/ds := sign(s) w dL/d(w m)
+  [D]  prune      min_s E L(w * m(s); x, y)  w fixed, batch norms not;  dL/ds := sign(s) w dL/d(w m)
   [E]  fine-tune  min_w E L(w * m; x, y)          m fixed
   [F]  trades     CE(f(x), y) + beta KL(p(x) || p(x_adv)),  x_adv maximises that KL
   [G]  interval bounds: center c and radius r of a box become W c + b and |W| r; the last layer takes margins
