@@ -228,7 +228,7 @@ def cli(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except (MemoryError, RuntimeError) as fault:
-        if isinstance(fault, RuntimeError) and not re.search("of mem|ate mem|ALLOC_F|worker .pid", str(fault)):
+        if isinstance(fault, RuntimeError) and not re.search("of mem|ate mem|ALLOC_F|worker .pi", str(fault)):
             raise                                                    # not of memory: a fault of ours
         status, message = 1, "out of memory; a smaller --batch-size or --width, or fewer --workers, need less"
     except (Fault, OSError) as fault:
