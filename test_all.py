@@ -1988,9 +1988,9 @@ def test_bench_times_every_step_and_the_naive_one_learns_the_same(capsys, digits
     forward = 2e-9 * 8 * common.count_macs(network, dict(channels=3, size=(32, 32)))
     assert hardware["gflop_a_step"] == pytest.approx(dict(naive=6 * forward, default=5 * forward), rel=1e-3)
     assert min(hardware["matrix_gflop_per_second"].values()) > 0
-    assert hardware["times_naive_at_these_rates"] == 1.2         # --amp off
-    assert 50 < sum(hardware["profile_per_cent"].values()) < 100.5
+    assert hardware["times_naive_at_these_rates"] == 1.2 and 50 < sum(hardware["profile_per_cent"].values()) < 100.5
     assert sizes["dense"] == 1 and sizes["filters"] > 8 and 15.9 < sizes["cstar hull"] < 16.6
+    assert set(sizes) == {"dense", "cstar hull", "cstar uniform", "filters"}       # too few MACs for ranks 1
     assert set(result["inference"]["batch_1_ms"]) == {*sizes, *(f"{name}, folded" for name in sizes)}
     chain = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))       # the ReLU's output serves twice
     assert bench.saved_for_backward(chain, torch.rand(7, 3)) == 4 * 7 * (3 + 5)

@@ -169,17 +169,17 @@ def limits(args, step, bfloat16, device):
 
 def bench_inference(args, device):
     """Milliseconds a forward pass, without training (random weights), of the dense network, of CSTAR's at
-    ratio 16 by both rank rules, and of one with a quarter of the filters, near ratio 16, where the width
-    allows these; batch norm as it is, and folded."""
+    ratio 16 by both rank rules and by its budget of MACs, and of one with a quarter of the filters, near
+    ratio 16, where the width allows these; batch norm as it is, and folded."""
     torch.manual_seed(0)
     network = dict(channels=3, size=(32, 32))
     dense = build_network(args.arch, args.width, 3, 10, (32, 32)).eval()
     models, weights = dict(dense=dense), {n: m.weight.detach() for n, m in cstar.factorisable(dense).items()}
-    with contextlib.suppress(UsageFault):
-        budget = cstar.budget_of(dense, 16)
-        for rule in ("hull", "uniform"):
-            ranks = cstar.choose_ranks(weights, budget, rule)
-            models[f"cstar {rule}"] = cstar.factorise_(copy.deepcopy(dense), ranks).eval()
+    places = cstar.positions(dense, network)
+    for name, rule, cost in (("hull", "hull", None), ("macs", "hull", places), ("uniform", "uniform", None)):
+        with contextlib.suppress(UsageFault):
+            ranks = cstar.choose_ranks(weights, cstar.budget_of(dense, 16, cost), rule, cost)
+            models[f"cstar {name}"] = cstar.factorise_(copy.deepcopy(dense), ranks).eval()
     if args.width % 4 == 0 and not args.arch.startswith("imagenet_"):
         models["filters"] = build_network(args.arch, args.width // 4, 3, 10, (32, 32)).eval()
     sizes = {name: sum(p.numel() for p in m.parameters()) for name, m in models.items()}
