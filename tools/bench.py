@@ -1,10 +1,14 @@
 """Times training steps on random images: naive, as the scripts do it, compiled, with what a paper adds.
+Or, with --models, what saved networks take to classify, in several forms.
 
   python tools/bench.py                                     ResNet-18 at full width, batch 128, PGD-10
   python tools/bench.py --compile --device cuda             the compiled step too
+  python tools/bench.py --models runs/DIR/dense.pt runs/DIR/model.pt       inference; by ONNX Runtime
+      too, where onnx, onnxscript and onnxruntime are installed
 """
 import contextlib
 import copy
+import importlib.util
 import json
 import statistics
 import sys
@@ -22,7 +26,8 @@ import binary_relax
 import cstar
 import hydra_prune
 from common import (NETWORKS, Data, Parser, UsageFault, build_network, check_device, cli, count_macs, latency,
-                    make_optimizer, parameter_masks, peak_memory, prepare, progress, to_float, whole)
+                    make_optimizer, parameter_masks, peak_memory, prepare, progress, read_model,
+                    to_float, whole)
 
 
 def get_args(argv=None):
@@ -33,7 +38,9 @@ def get_args(argv=None):
     parser.add_argument("--num-steps", type=whole(0, 10000), default=10, help="PGD steps")
     parser.add_argument("--rounds", type=whole(1, 1000), default=5, help="of which medians are taken")
     parser.add_argument("--amp", choices=("auto", "on", "off"), default="auto")
-    parser.add_argument("--compile", action="store_true", help="time the compiled step too")
+    parser.add_argument("--compile", action="store_true", help="time the compiled step or model too")
+    parser.add_argument("--models", nargs="+", metavar="FILE",
+                        help="time inference of these networks, all others over the first, and nothing else")
     parser.add_argument("--device", default="auto")
     return parser.parse_args(argv)
 
@@ -193,12 +200,52 @@ def bench_inference(args, device):
                    for batch in (1, 128)})
 
 
+def by_onnx(model, x):
+    """The model by ONNX Runtime on the CPU, for inputs like x, with as many threads as PyTorch has."""
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    file = torch.onnx.export(model, (x,), dynamo=True, verbose=False).model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+def bench_files(paths, device, with_compile):
+    """Milliseconds a forward pass of saved networks, float32, by {batch: {form: {file: ms}}}, and for the
+    files after the first how many times they are as fast. All files of a form take turns."""
+    artifacts, models = zip(*map(read_model, paths))
+    network, result = artifacts[0]["network"], {}
+    for path, artifact in zip(paths, artifacts):
+        if any(artifact["network"][k] != network[k] for k in ("channels", "size")):
+            raise UsageFault(f"argument --models: {path} takes other images than {paths[0]}")
+    forms = {"plain": lambda m, x: m, "folded": lambda m, x: fuse(m),
+             "exported": lambda m, x: torch.export.export(m, (x,)).module()}
+    if with_compile:
+        forms["compiled"] = lambda m, x: torch.compile(m, dynamic=False)
+    if device == "cpu" and all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))):
+        forms["onnxruntime"] = by_onnx
+    for batch in (1, 128):
+        x = to_float(torch.zeros((batch, network["channels"], *network["size"]), device=device))
+        for form, of in forms.items():
+            with torch.no_grad():
+                made = [of(m.to(device, memory_format=torch.channels_last), x) for m in models]
+            times = latency(made, network, batch, device)
+            result.setdefault(f"batch_{batch}", {})[form] = dict(
+                ms=dict(zip(paths, times)), times_as_fast=[round(times[0] / t, 2) for t in times[1:]])
+    return dict(device="cpu" if device == "cpu" else torch.cuda.get_device_name(device),
+                threads=torch.get_num_threads(), torch=torch.__version__, inference=result)
+
+
 def main(argv=None):
     """Times one training step in its naive form, as the scripts have it and, with --compile, compiled; and
     with what each paper adds. All take turns; printed are medians over the rounds, of times and of ratios,
     beside what the hardware allows; and what compact networks gain in inference."""
     args = get_args(argv)
     device = check_device(args.device)
+    if args.models:
+        result = bench_files(args.models, device, args.compile)
+        print(json.dumps(result, indent=1))
+        return result
     steps, papers, bfloat16 = bench_steps(args, device)
     times, memory = {name: [] for name in steps}, {}
     for turn in range(args.rounds + 1):                              # the first warms up, and compiles
