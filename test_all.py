@@ -1,5 +1,4 @@
-"""Correctness on tiny networks: oracles, properties, runs end to end. CPU only, no network. Tests against
-foolbox, pyautoattack, scikit-learn, scipy, tensorly, torchao and onnxruntime are skipped where those are absent."""
+"""Correctness on tiny networks, on a CPU; tests against libraries that are not there (.ci/run) are skipped."""
 import ast
 import contextlib
 import copy
@@ -1671,7 +1670,7 @@ REFUSED = {                                                      # {script: {sai
         "is not a": "--epsilon nan, --lr inf, --lr 0, --epsilon 8/0, --ratio 0.5, --width 1.5, --seed -1",
         "8 is not.*0 to 1.*8/255": "--epsilon 8", "1 is not.*from 2": "--batch-size 1",
         "invalid choice": "--arch resnet, --rank-rule best", "unrecognized": "--epoch 3",
-        "500 is not from 1 to": "--ratio 500", "too deep.*8x8": "--arch vgg16", "361.*360": "--eval-images 361",
+        "500 is not from": "--ratio 500", "too deep.*8x8": "--arch vgg16", "361.*360": "--eval-images 361",
         "5 is not": "--train-images 5", "3 is more": "--ramp-epochs 3 --pretrained x.pt",
         "is none of": "--device cuda:77, --device gpu", "no file nowhere.pt": "--pretrained nowhere.pt",
         "not with --pretrained": "--pretrain-epochs 3 --pretrained x.pt",
@@ -1976,10 +1975,11 @@ def test_bench_times_every_step_and_the_naive_one_learns_the_same(capsys, digits
     network = common.build_network("lenet", 4, 3, 10, (32, 32)).eval()
     forward = 2e-9 * 8 * common.count_macs(network, dict(channels=3, size=(32, 32)))
     assert hardware["gflop_a_step"] == pytest.approx(dict(naive=6 * forward, default=5 * forward), rel=1e-3)
-    assert min(hardware["matrix_gflop_per_second"].values()) > 0 and hardware["times_naive_at_these_rates"] == 1.2
+    assert min(hardware["matrix_gflop_per_second"].values()) > 0
+    assert hardware["times_naive_at_these_rates"] == 1.2         # --amp off
     assert 50 < sum(hardware["profile_per_cent"].values()) < 100.5
+    assert set(sizes) == {"dense", "cstar hull", "cstar uniform", "filters"}       # MACs / 16: not by ranks 1
     assert sizes["dense"] == 1 and sizes["filters"] > 8 and 15.9 < sizes["cstar hull"] < 16.6
-    assert set(sizes) == {"dense", "cstar hull", "cstar uniform", "filters"}       # too few MACs for ranks 1
     assert set(result["inference"]["batch_1_ms"]) == {*sizes, *(f"{name}, folded" for name in sizes)}
     chain = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))       # the ReLU's output serves twice
     assert bench.saved_for_backward(chain, torch.rand(7, 3)) == 4 * 7 * (3 + 5)
