@@ -1,4 +1,4 @@
-"""Correctness on tiny networks, on a CPU; tests against libraries that are not there (.ci/run) are skipped."""
+"""Correctness on tiny networks, on a CPU; tests against libraries (.ci/run has all) are skipped without."""
 import ast
 import contextlib
 import copy
