@@ -248,20 +248,24 @@ def draw(table, path):
     figure, methods = Figure(figsize=(14, 5.5), layout="constrained"), {}
     for label, runs in table:
         what, _, how = method_of(runs[0]) if "folder" in runs[0] else ("dense", "", "")
+        if "bits" in runs[0]["args"] and what != "dense":
+            what, how = "fewer bits", how * (runs[0]["args"]["method"] == "bc")
         size, speed, robust = (mean(run[k] for run in runs) for k in ("bytes", "speed", "robust_acc"))
         low, high = runs[0]["robust_ci"] if len(runs) == 1 else (
             f(run["robust_acc"] for run in runs) for f in (min, max))
         bar = robust - low, high - robust
-        point = dict(label=label, bytes=size, time=1 / speed, robust=robust, bar=bar)
-        methods.setdefault((what, how) if what else "bits", []).append(point)
+        method = ", ".join(filter(None, (what, how)))
+        short = ", ".join(word for word in label.split(", ") if word not in method.split(", ")) or label
+        point = dict(label=label, short=short, bytes=size, time=1 / speed, robust=robust, bar=bar)
+        methods.setdefault(method, []).append(point)
     points = sorted(sum(methods.values(), []), key=lambda point: point["robust"])
     for axes, key, name in zip(figure.subplots(1, 2, sharey=True), ("bytes", "time"), (
             "bytes of the file", "time for 128 images, dense = 1")):
         for i, (method, own) in enumerate(methods.items()):
-            color, line = ("black", "x") if method == ("dense", "") else (f"C{i % 10}", "o")
+            color, line = ("black", "x") if method == "dense" else (f"C{i % 10}", "o-")
             x, y, *bars = zip(*((p[key], p["robust"], *p["bar"]) for p in own))
-            axes.errorbar(x, y, bars, fmt=line + "-" * (key == "bytes"), color=color, capsize=2,
-                          elinewidth=0.5, linewidth=0.8)
+            axes.errorbar(x, y, bars, fmt=line, color=color, capsize=2, elinewidth=0.5, linewidth=0.8,
+                          label=None if method == "dense" else method)
         least, most = (f(p[key] for p in points) for f in (min, max))
         if key == "bytes":
             axes.set(xlabel=name, xscale="log", xlim=(least / 1.4, most * 2.2))
@@ -275,12 +279,13 @@ def draw(table, path):
             x, y = axes.transData.transform((p[key], p["robust"])) * 72 / figure.dpi         # in points
             place = y
             for left, right, other in boxes:
-                if left < x + 4 * len(p["label"]) and x < right and abs(place - other) < 9:
+                if left < x + 4 * len(p["short"]) and x < right and abs(place - other) < 9:
                     place = other + 9
-            boxes.append((x, x + 4 * len(p["label"]), place))
-            axes.annotate(p["label"], (p[key], p["robust"]), (5, place - y + 3), textcoords="offset points",
-                          fontsize=7)
+            boxes.append((x, x + 4 * len(p["short"]), place))
+            axes.annotate(p["short"], (p[key], p["robust"]), (5, place - y + 3), textcoords="offset points",
+                          fontsize=7).set_in_layout(False)
     figure.axes[0].set_ylabel("robust accuracy, % (95 % interval or range)")
+    figure.axes[0].legend(loc="lower right", fontsize=8)
     drawn = "; ".join(f"{p['label']}: {p['bytes']:.0f} {p['robust']:.1f}" for p in points)
     figure.savefig(path, dpi=120, metadata={"Title": drawn})
 
