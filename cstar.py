@@ -17,13 +17,13 @@ weights towards that form while they train on adversarial images, so that the fi
 S, C, k: output and input channels, kernel. A 1x1 kernel or linear layer is a matrix: two factors, one rank.
 
 Sources. Of the paper only abstracts and an extract were available: global ranks, Tucker-2 projection, ratios
-2 to 64, 8/255 in steps of 2/255. [B], [E] to [H] follow the group's ADMM code (Yin et al., CVPR 2021), on
-clean images: up to 100 HOOI sweeps, rho 1e-3, 1x1 shortcuts dense, fine-tuning at 1/20 of the rate. Ours: [A]
-as put, [C], [D], rates, epochs, --budget macs, statistics of attacked images in [H]. The classifier is dense.
+2 to 64, 8/255 in steps of 2/255. [B], [E] to [H] follow the group's ADMM code (Yin et al., CVPR 2021). It has
+clean images, updates before an epoch, up to 100 HOOI sweeps, rho 1e-3, dense 1x1 shortcuts, fine-tuning at
+1/20 of the rate. Ours: [A] as put, [C], [D], rates, epochs, --budget macs, statistics of attacked images.
 
   python cstar.py --dataset digits                     two minutes on two CPU cores, no network
   python cstar.py --arch resnet18 --ratio 16           CIFAR-10 at full width, for a GPU
-What they printed is in results/README.md. Known of the paper's (abstract): ResNet-18 over robust structured
+What we measured is in results/README.md. Known of the paper (abstract): ResNet-18 over robust structured
 pruning, points clean / robust, CIFAR-10 up to +20.07 / +11.91, ImageNet at ratio 16 +8.58 / +4.27.
 """
 import copy

@@ -248,7 +248,7 @@ def draw(table, path):
     figure, methods = Figure(figsize=(14, 5.5), layout="constrained"), {}
     for label, runs in table:
         what, _, how = method_of(runs[0]) if "folder" in runs[0] else ("dense", "", "")
-        if "bits" in runs[0]["args"] and what != "dense":
+        if what != "dense" and runs[0]["args"].get("bits", 32) < 32:
             what, how = "fewer bits", how * (runs[0]["args"]["method"] == "bc")
         size, speed, robust = (mean(run[k] for run in runs) for k in ("bytes", "speed", "robust_acc"))
         low, high = runs[0]["robust_ci"] if len(runs) == 1 else (
