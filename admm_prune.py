@@ -87,8 +87,6 @@ def get_args(argv=None):
     args.admm_lr, args.finetune_lr = args.admm_lr or args.lr / 2, args.finetune_lr or args.lr
     args.rho_growth, args.rho_max = args.rho_growth or 1.0, args.rho_max or 10.0
     args.admm_interval = args.admm_interval or 1
-    if args.rho_growth > 1 and args.rho and args.rho > args.rho_max:
-        parser.error(f"argument --rho-growth: --rho is beyond --rho-max, {args.rho_max:g}, from the start")
     if 0 < phases_of(args)["admm"] < args.admm_interval:
         parser.error(f"argument --admm-interval: {args.admm_interval} is more than --admm-epochs")
     return args
@@ -109,6 +107,16 @@ def phases_of(args):
 
 
 # ---------------------------------------------------------------- the method
+
+def first_rho(args, data):
+    """[D] --rho, or what lets three time constants (1 - momentum) / (lr rho), in which W follows Z - U at the
+    peak rate, fit the interval of updates; UsageFault where --rho-growth has no room below --rho-max."""
+    steps = args.admm_interval * data.steps(args.batch_size)
+    rho = args.rho or 3 * (1 - args.momentum) / (args.admm_lr * steps)
+    if args.rho_growth > 1 and rho > args.rho_max:
+        raise UsageFault(f"argument --rho-growth: rho begins at {rho:.3g}, beyond --rho-max {args.rho_max:g}")
+    return rho
+
 
 def prunable(model):
     """{name: layer} to be pruned: all convolutions and linear layers but the last, the classifier."""
@@ -248,6 +256,7 @@ def main(argv=None):
     if args.pretrained:
         load_pretrained(model, args.pretrained, network)
     ticket = read_ticket(args, network) if args.ticket else None
+    rho = first_rho(args, data)
     run = Run(args, data, __file__, phases, argv)
     if run.result:
         return run.result
@@ -276,10 +285,7 @@ def main(argv=None):
             save_model(run.folder / "dense.pt", run.script, "dense", network, model, args)
     run.compute_once("dense", save_dense)
 
-    # Phase 2: ADMM pulls the dense weights towards sparse ones. W follows Z - U with time constant
-    # (1 - momentum) / (lr rho) steps; at the peak rate three of them fit the interval of updates.
-    steps = args.admm_interval * data.steps(args.batch_size)
-    rho = args.rho or 3 * (1 - args.momentum) / (args.admm_lr * steps)
+    # Phase 2: ADMM pulls the dense weights towards sparse ones.
     admm = ADMM(model, choose, rho, args.rho_growth, args.rho_max)
     optimizer, schedule = make_optimizer(model, args.admm_lr, phases["admm"], data, args)
     for epoch in run.epochs("admm", model=model, optimizer=optimizer, schedule=schedule, admm=admm):

@@ -28,7 +28,8 @@ the authors' code: std is that of each image, theirs runs over the batch, so tha
 its neighbours; their 2-bit scale is a mean over all weights, zeros too, which is no projection; sign(0) is 1;
 PGD sees batch norm's running statistics, and its iterates do not enter them; evaluated is q of the last v, on
 images that are not cropped, and nothing is selected; SGD is Nesterov's. Noise is on in training, in attacks
-and in evaluation, as theirs. Ours: one cycle of the rate over both phases, not steps; and pre-training.
+and in evaluation, as theirs. Ours: one cycle of the rate over both phases, not steps; pre-training; and the
+switch after a quarter of the epochs, which on digits is better than after three fifths, theirs.
 [F] is not normalised, so that its step is nine times that of --adv-weight 1 --nat-weight 0. A network with
 noise is attacked with EOT, evaluated by the mean over 10 draws, and flagged as random. In an EnResNet only
 channels between the two convolutions of a block can be removed, which is part of the dead ones.
@@ -54,11 +55,12 @@ from common import (CIFAR, RECIPES, Fault, Run, UsageFault, WideBlock, autocast,
 
 
 def get_args(argv=None):
-    def adapt(recipe):                                               # the authors switch at 120 of 200 epochs
+    def adapt(recipe):
         epochs = recipe["compress_epochs"] + recipe["finetune_epochs"]
+        relaxed = round(epochs / 4)                                  # the authors': 120 of 200
         arch = recipe["arch"] if recipe["arch"].startswith("imagenet") else "enresnet"
-        return dict(arch=arch, width=max(8, recipe["width"]), compress_epochs=round(0.6 * epochs),
-                    finetune_epochs=epochs - round(0.6 * epochs))
+        return dict(arch=arch, width=max(8, recipe["width"]), compress_epochs=relaxed,
+                    finetune_epochs=epochs - relaxed)
     parser = script_parser(__doc__, __file__, "relax_epochs", ["enresnet"], adapt)
     parser.set_defaults(eval_steps=None)                             # with noise fewer: see below
     paper = parser.add_argument_group("Binary-Relax, EnResNet and the trade-off loss")
@@ -375,8 +377,8 @@ def main(argv=None):
                        ifgsm=dict(step_size=step, num_steps=20, eot=1),
                        margin=dict(step_size=step, num_steps=20, eot=eot, losses=["margin"]))
         results = {name: evaluate(model, data.test, **attack, **more) for name, more in attacks.items()}
-        return {f"{name}_acc": r["robust_acc"] for name, r in results.items()} | {
-            "attacks": {name: r["attack"] for name, r in results.items()}}
+        accuracies = {f"{name}_{k}": r[f"robust_{k}"] for name, r in results.items() for k in ("acc", "ci")}
+        return accuracies | dict(attacks={name: r["attack"] for name, r in results.items()})
     return run.finish(extra_metrics, **found)
 
 

@@ -148,8 +148,7 @@ def resolve(parser, args, longest_ramp=lambda args: args.pretrain_epochs, **defa
     """Fills the flags not given, first from `defaults`, then from the data set's recipe, refuses what
     contradicts, and seeds torch. --ramp-epochs has at most longest_ramp(args)."""
     if args.dataset not in RECIPES and args.epsilon is None:
-        parser.error(f"argument --dataset: a folder of your own, {args.dataset}, needs --epsilon; known are "
-                     + ", ".join(RECIPES))
+        parser.error(f"argument --dataset: {args.dataset}, none of {', '.join(RECIPES)}, needs --epsilon")
     if args.pretrained and args.pretrain_epochs:
         parser.error("argument --pretrain-epochs: not with --pretrained, which skips that phase")
     args.pretrain_epochs = 0 if args.pretrained else args.pretrain_epochs
@@ -159,8 +158,7 @@ def resolve(parser, args, longest_ramp=lambda args: args.pretrain_epochs, **defa
         if getattr(args, name) is None:
             setattr(args, name, value)
     if ramp_given > (longest := longest_ramp(args)):
-        parser.error(f"argument --ramp-epochs: {ramp_given} is more than the {longest} epochs in which the "
-                     "radius can grow")
+        parser.error(f"argument --ramp-epochs: {ramp_given} is more than the {longest} epochs it can fill")
     args.ramp_epochs = min(args.ramp_epochs, longest)
     args.eval_step_size = args.epsilon if args.eval_step_size is None else args.eval_step_size
     args.device = check_device(args.device)
@@ -178,6 +176,8 @@ def check_device(name):
     here = [*(f"cuda:{i}" for i in range(torch.cuda.is_available() and torch.cuda.device_count())), "cpu"]
     if name == "auto" or name == "cuda" and len(here) > 1:           # of several processes, each has its own
         name = f"cuda:{os.environ['LOCAL_RANK']}" if world() > 1 and len(here) > 1 else here[0]
+    elif world() > 1 and ":" in name:
+        here = ["cuda", "cpu"]
     if name not in here:
         raise UsageFault(f"argument --device: {name} is none of this machine's {', '.join(here)}")
     return name
@@ -230,7 +230,7 @@ def cli(main):
     except (MemoryError, RuntimeError) as fault:
         if isinstance(fault, RuntimeError) and not re.search("of mem|ate mem|ALLOC_F|worker .pi", str(fault)):
             raise                                                    # not of memory: a fault of ours
-        status, message = 1, "out of memory; a smaller --batch-size or --width, or fewer --workers, need less"
+        status, message = 1, "out of memory; smaller --batch-size, --width, --eval-images, --workers may help"
     except (Fault, OSError) as fault:
         status, message = getattr(fault, "status", 1), f"{Run.active.where if Run.active else ''}{fault}"
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -406,11 +406,12 @@ def load_data(args):
         train, test, classes = by_rank_0(lambda: read_torchvision(name, root, download=True))
     else:
         raise UsageFault(f"argument --dataset: there is no folder {root / name / 'train'} of class folders")
-    default = min(1000, len(test[1])) if args.device == "cpu" else 0
+    default = min(max(1000, len(classes)), len(test[1])) if args.device == "cpu" else 0
     counts, pairs = (args.train_images, default if args.eval_images is None else args.eval_images), []
     for (images, labels), flag, count in zip((train, test), ("--train-images", "--eval-images"), counts):
-        if count and not len(classes) <= count <= len(labels):
-            raise UsageFault(f"argument {flag}: {count} is not from {len(classes)} to {len(labels)} (all)")
+        least = max(len(classes), 2 * world() * (flag == "--train-images"))
+        if count and not least <= count <= len(labels):
+            raise UsageFault(f"argument {flag}: {count} is not from {least} to {len(labels)} (all)")
         if 0 < count < len(labels):
             chosen = balanced(labels, count)
             images, labels = images[chosen], labels[chosen]
@@ -886,8 +887,7 @@ def checked(model, images):
 
 def batched(images, labels, *more, label="evaluation"):
     """Yields (x float, y, ...) in batches; what comes after y are views that may be written to."""
-    most, numbers = (1000, 2**24) if images.device.type == "cuda" else (250, 2**22)
-    size = min(most, max(1, numbers // math.prod(images.shape[1:])))     # of photos fewer: they fill memory
+    size = min(250, max(1, 2**22 // math.prod(images.shape[1:])))        # of photos fewer: they fill memory
     batches = list(zip(images.split(size), labels.split(size), *(m.split(size) for m in more)))
     for x, *rest in progress(batches, label, len(batches)):
         yield to_float(x), *rest
@@ -1174,9 +1174,8 @@ class Run:
 
     def __init__(self, args, data, script, phases, argv=None):
         self.args, self.data, self.script, self.phases = args, data, Path(script).stem, phases
-        size = f"b{args.bits}" if "bits" in args else f"r{getattr(args, 'ratio', 1):g}"
-        args.output = args.output or (f"runs/{self.script}-{args.dataset}-{args.arch}w{args.width}"
-                                      f"-{size}-s{args.seed}")
+        size = (f"b{args.bits}" if "bits" in args else f"r{getattr(args, 'ratio', 1):g}") + f"-s{args.seed}"
+        args.output = args.output or f"runs/{self.script}-{args.dataset}-{args.arch}w{args.width}-{size}"
         self.folder = Path(args.output)
         if not self.script.isidentifier() or not Path(__file__).with_name(f"{self.script}.py").is_file():
             raise UsageFault(f"{script} must lie beside common.py, with only letters, digits and _ in its "
@@ -1185,7 +1184,8 @@ class Run:
         self.command = shlex.join([*LAUNCHER, f"{self.script}.py", *(a for a in argv if a != "--resume")])
         elsewhere = ("output", "resume", "data_dir", "workers", "device")     # may differ when continued
         self.flags = {k: v for k, v in vars(args).items() if k not in elsewhere}
-        self.result, self.saved, self.computed, self.seconds, self.phase = None, None, {}, {}, None
+        self.result = self.saved = self.phase = None
+        self.computed, self.seconds, self.begin = {}, {}, time.time()
         if (self.folder / "result.json").is_file():
             with fitting(self.folder / "result.json", "a run; without it --resume evaluates again"):
                 self.result = json.loads((self.folder / "result.json").read_text())
@@ -1286,11 +1286,12 @@ class Run:
         else:
             self.save(0, stateful)
         for epoch in range(first, count):
-            self.begin, self.epoch, self.where = time.time(), epoch, f"{phase} {epoch + 1}/{count}: "
+            self.epoch, self.where = epoch, f"{phase} {epoch + 1}/{count}: "
             if world() > 1:                                      # noise is to differ between processes
                 torch.manual_seed(zlib.crc32(f"{self.args.seed} {phase} {epoch} {rank()}".encode()))
             yield epoch
             self.seconds[phase] = self.seconds.get(phase, 0) + time.time() - self.begin
+            self.begin = time.time()                             # what lies between phases is the next one's
             self.save(epoch + 1, stateful)
         self.phase, self.where = None, ""
 
@@ -1312,7 +1313,7 @@ class Run:
 
     def finish(self, extra_metrics=None, **more):
         """Reads dense.pt and model.pt back from disk, evaluates both, writes and returns result.json."""
-        self.phase, self.begin, args, device = "final", time.time(), self.args, self.args.device
+        self.phase, args, device = "final", self.args, self.args.device
         attack = dict(epsilon=args.epsilon, step_size=args.eval_step_size, num_steps=args.eval_steps,
                       seed=args.seed, eot=getattr(args, "eot", None) or 10)
         files = [self.folder / "dense.pt", self.folder / "model.pt"]
@@ -1326,8 +1327,7 @@ class Run:
         count = [sum(p.numel() for p in m.parameters()) for m in models]
         seconds = self.seconds | {"final": time.time() - self.begin}
         spent = by_rank_0(lambda: {f"batch_{b}": latency(models, network, b, device) for b in (1, 128)})
-        self.result = dict(
-            script=self.script, command=self.command, args=self.flags,
+        self.result = dict(script=self.script, command=self.command, args=self.flags,
             versions=dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__),
             device="cpu" if device == "cpu" else torch.cuda.get_device_name(device), processes=world(),
             threads=torch.get_num_threads(), seconds={k: round(v, 1) for k, v in seconds.items()},

@@ -302,18 +302,18 @@ def build(artifact):
     return model
 
 
+@torch.compiler.disable                                              # for these passes alone it does not pay
 @torch.no_grad()
 def reestimate_batchnorm_(model, batches, most=200):
     """Running statistics become averages over at most `most` batches: the cut moved every activation."""
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    before = [m.momentum for m in norms]
+    norms = {m: m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
     for m in norms:
         m.reset_running_stats()
         m.momentum = None
     model.train()
     for _, (x, _) in zip(range(most if norms else 0), batches):
         model(x)
-    for m, momentum in zip(norms, before):
+    for m, momentum in norms.items():
         m.momentum = momentum
 
 

@@ -89,7 +89,7 @@ def get_args(argv=None):
             parser.error(f"argument --objective: {args.objective} is for --arch cnn_small and cnn_large")
         if args.amp == "on" or args.compile:
             parser.error(f"argument --objective: {args.objective} trains in float32, without torch.compile")
-        args.amp = "off"                                             # bounds need all digits
+        args.amp, torch.backends.cudnn.allow_tf32 = "off", False     # bounds need all digits
     args = resolve(parser, args, **own, **defaults)
     if args.scores == "lwm" or not args.prune_epochs:
         parser.refuse(args, "without epochs of training scores", "prune_lr")
@@ -278,8 +278,7 @@ def verify(model, images, epsilon, robust):
             meet(dist.all_reduce, verified, dist.ReduceOp.MAX)
     if (verified & ~robust).any():
         raise Fault("an image that the bounds verify was misclassified: the bounds are not sound")
-    accuracy = per_cent(verified)
-    return dict(verified_acc=accuracy, verified_ci=interval(accuracy, len(verified)))
+    return dict(verified_acc=per_cent(verified), verified_ci=interval(per_cent(verified), len(verified)))
 
 
 # ---------------------------------------------------------------- training
@@ -348,11 +347,10 @@ def train_epoch(model, batches, optimizer, schedule, args, scores=None, masks=No
             apply_masks_(model, masks)                               # [E]
     if not math.isfinite(total):
         raise Fault("the training loss is not finite: training has diverged (try a lower --lr, or --amp off)")
-    fields = dict(loss=total.item() / n, train_acc=100 * right.item() / n)
-    if args.objective == "crown-ibp":
-        fields["share"] = 1 - (1 - args.final_share) * strength_at(step)
+    strength, fields = strength_at(step), dict(loss=total.item() / n, train_acc=100 * right.item() / n)
+    fields |= dict(share=1 - (1 - args.final_share) * strength) if args.objective == "crown-ibp" else {}
     fields |= dict(w=w) if args.objective == "mixtrain" else {}
-    return fields | dict(epsilon=args.epsilon * strength_at(step))
+    return fields | ({} if args.objective in ("natural", "smooth") else dict(epsilon=args.epsilon * strength))
 
 
 def optimizer_of(module, lr, epochs, data, args, scores=()):

@@ -1531,7 +1531,7 @@ FLAGS = {                                                        # base + flag
     cstar: "--admm-epochs 0, --rank-rule uniform, --budget macs, --rho 0.1, --hooi 2, --amp "
            f"{'off' if common.bfloat16_is_fast('cpu') else 'on'}, --admm-lr 0.001, --finetune-lr 0.001, "
            "--weight-decay 0.1, --momentum 0.5, --finetune-epochs 0",
-    admm_prune: "--admm-epochs 0, --rho 5, --rho-growth 2, --rho-growth 9 + --rho-max 0.9, --mode post, "
+    admm_prune: "--admm-epochs 0, --rho 5, --rho-growth 2, --rho-growth 9 + --rho-max 2, --mode post, "
                 "--admm-interval 2, --group-residual, --admm-lr 0.001, --finetune-lr 0.001, --ramp-epochs 2, "
                 "--scheme column, --ratio 3, --momentum 0.5, --weight-decay 0.1",
     hydra_prune: "--scores lwm, --objective trades, --objective trades + --beta 1, --objective smooth, "
@@ -1682,7 +1682,7 @@ REFUSED = {                                                      # {script: {sai
         "scratch": "--pretrained x.pt --mode scratch --target-width 2", "is more than": "--admm-interval 7",
         "is for": "--group-residual --arch lenet, --group-residual --scheme column",
         "invalid choice": "--scheme kernel", "0.5 is not": "--rho-growth 0.5",
-        "beyond --rho-max": "--rho-growth 2 --rho 20",
+        "beyond --rho-max": "--rho-growth 2 --rho 20, --rho-growth 1.3 --rho-max 0.1",
         "does nothing": "--rho-max 2, --rho 1 --mode post, --admm-lr 1 --admm-epochs 0, --finetune-lr 1 "
                         "--mode ticket --ticket x.pt"},
     hydra_prune: {"is for": "--objective crown-ibp --arch resnet18, --objective mixtrain --arch resnet18",
