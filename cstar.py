@@ -34,8 +34,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import (Fault, Run, UsageFault, autocast, build_network, cli, evaluating, load_data,
-                    load_pretrained, make_optimizer, network_of, number, pgd, prepare, ramp, rate, resolve,
-                    save_model, script_parser, whole)
+                    load_pretrained, make_optimizer, network_of, number, pgd, prepare, progress, ramp, rate,
+                    resolve, save_model, script_parser, whole)
 
 FLOOR = 0.03                                                     # in [D], of every full rank
 
@@ -122,7 +122,6 @@ def cost(shape, rank, places=(1, 1)):
 def positions(model, network):
     """{name: (positions in its input, in its output)} of all convolutions and linear layers."""
     places = {}
-
     def note(layer, inputs, output):
         places[layer] = inputs[0][0, 0].numel(), output[0, 0].numel()
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
@@ -304,14 +303,14 @@ def build(artifact):
 
 @torch.compiler.disable                                              # for these passes alone it does not pay
 @torch.no_grad()
-def reestimate_batchnorm_(model, batches, most=200):
-    """Running statistics become averages over at most `most` batches: the cut moved every activation."""
+def reestimate_batchnorm_(model, batches, count):
+    """Running statistics become averages over `count` batches: the cut moved every activation."""
     norms = {m: m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
     for m in norms:
         m.reset_running_stats()
         m.momentum = None
     model.train()
-    for _, (x, _) in zip(range(most if norms else 0), batches):
+    for _, (x, _) in progress(zip(range(count), batches if norms else ()), "batch norms", count):
         model(x)
     for m, momentum in norms.items():
         m.momentum = momentum
@@ -385,10 +384,11 @@ def main(argv=None):
     # Phase 3: the cut, and fine-tuning of the factors.
     model = prepare(factorise_(model, ranks, args.hooi), args)       # [H]
     if not run.saved:                                                # else last.pt holds them
-        reestimate_batchnorm_(model, data.batches(args.batch_size, run.generator))
+        count = min(200, data.steps(args.batch_size))
+        reestimate_batchnorm_(model, data.batches(args.batch_size, run.generator), count)
         source = copy.deepcopy(model).eval()                         # is attacked for what training sees
         reestimate_batchnorm_(model, ((pgd(source, x, y, args.epsilon, args.step_size, args.num_steps), y)
-                                      for x, y in data.batches(args.batch_size, run.generator)))
+                                      for x, y in data.batches(args.batch_size, run.generator)), count)
     optimizer, schedule = make_optimizer(model, args.finetune_lr, args.finetune_epochs, data, args)
     for epoch in run.epochs("finetune", model=model, optimizer=optimizer, schedule=schedule):
         run.log(epoch=epoch + 1, **train_epoch(model, run.batches(), optimizer, schedule, args))

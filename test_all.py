@@ -605,7 +605,7 @@ def test_cstar_batch_norm_is_the_average_over_batches_of_clean_and_attacked_imag
     """Attacked, by an attack that makes all images black: the first convolution then gives zeros."""
     model = nn.Sequential(nn.BatchNorm2d(2))
     batches = [(torch.randn(8, 2, 3, 3) + i, None) for i in range(4)]
-    cstar.reestimate_batchnorm_(model, batches, most=3)
+    cstar.reestimate_batchnorm_(model, batches, 3)
     average = torch.stack([x.mean((0, 2, 3)) for x, _ in batches[:3]]).mean(0)
     assert torch.allclose(model[0].running_mean, average, atol=1e-6) and model[0].momentum == 0.1
     unevaluated(monkeypatch)
