@@ -257,6 +257,8 @@ def main(argv=None):
         load_pretrained(model, args.pretrained, network)
     ticket = read_ticket(args, network) if args.ticket else None
     rho = first_rho(args, data)
+    groups = channel_groups(model) if args.scheme == "filter" else ()        # Fault, where that cannot be
+    tied = [list(writers) for writers, _, _ in groups] if args.group_residual else ()
     run = Run(args, data, __file__, phases, argv)
     if run.result:
         return run.result
@@ -264,7 +266,6 @@ def main(argv=None):
                                {name: t.clone() for name, t in model.state_dict().items()}, dict)
     model = prepare(model, args)
     layers = prunable(model)
-    tied = [list(writers) for writers, _, _ in channel_groups(model)] if args.group_residual else ()
 
     def choose(parameters):                                          # [B], [H]: {parameter: mask}
         weights = {name: parameters[f"{name}.weight"] for name in layers}
@@ -294,8 +295,8 @@ def main(argv=None):
             fields["rho"] = admm.rho
             fields["residual"], fields["mask_changed"] = admm.update()
         run.log(epoch=epoch + 1, **fields)
-    if admm.residuals and admm.residuals[-1] > 1.1 * min(admm.residuals):
-        run.log(note="the residual grew: ADMM did not converge; more --admm-epochs or another --rho may help")
+    if admm.residuals and admm.residuals[-1] > min(0.25, 1.1 * min(admm.residuals)):
+        run.log(note="ADMM did not converge (see the residual); more --admm-epochs or another --rho may help")
 
     # Phase 3: the cut, and fine-tuning of what is left.
     def choose_and_save_ticket():

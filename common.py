@@ -43,7 +43,7 @@ RECIPES = {
     "cifar10": CIFAR, "cifar100": CIFAR, "svhn": CIFAR | dict(lr=0.1),
     "imagenet": CIFAR | dict(arch="imagenet_resnet18", lr=0.1, weight_decay=1e-4, epsilon=4 / 255,
                              num_steps=3)}
-AUGMENTATION = {"digits": dict(), "mnist": dict(), "svhn": dict(crop=4)}      # others: crop=4, flip=True
+AUGMENTATION = {"svhn": dict(crop=4), **dict.fromkeys(("cifar10", "cifar100"), dict(crop=4, flip=True))}
 FORMAT = 2                                                       # of all files; 1 had other bit maps
 PHOTO = 224                                                      # pixels a side that networks get of photos
 CLEAR = "\r\033[K"                                               # takes progress() off the terminal's line
@@ -423,7 +423,7 @@ def load_data(args):
             for part, x in zip(parts, progress(photos.load(parts, args.device), "decoding", len(parts))):
                 images[part] = x
         pairs.append((images, torch.from_numpy(labels.astype(np.int64)).to(args.device)))
-    return Data(*pairs, classes, **AUGMENTATION.get(name, dict(crop=4, flip=True)))
+    return Data(*pairs, classes, **AUGMENTATION.get(name, {}))
 
 
 def read_torchvision(name, root, download):
@@ -436,8 +436,7 @@ def read_torchvision(name, root, download):
         if not download:
             return None
         raise Fault(f"{name} is neither in {root / TORCHVISION[name][1]} nor in {root / name}/train/<class>, "
-                    f"and torchvision could not fetch or read it ({first_line(fault)}); put "
-                    "the files there, or use --dataset digits, which needs none") from None
+                    f"nor could torchvision get it ({first_line(fault)}); --dataset digits needs none") from None
     pairs = [(np.asarray(s.data), np.asarray(s.labels if name == "svhn" else s.targets)) for s in splits]
     if name != "svhn":                                           # (N, H, W) or (N, H, W, C) -> (N, C, H, W)
         pairs = [(np.ascontiguousarray(np.moveaxis(x.reshape(*x.shape[:3], -1), 3, 1)), y) for x, y in pairs]
@@ -625,11 +624,14 @@ def network_of(args, data):
 def channel_groups(model):
     """Channels that stand or fall together, by the network's graph: [(writers, norms, readers)], names of
     layers. They are the sum of what writers give, {layer: batch norm on it alone, or None}; norms are batch
-    norms on the sum; readers take it in, linear ones as several features a channel. Logits are no group."""
+    norms on the sum; readers take it in, linear ones as several features a channel. Logits are no group.
+    Activations must give 0 for 0, as ReLU does; Fault where channels are not summed but put side by side."""
     groups, group_of, modules = {}, {}, dict(model.named_modules())                  # group_of: {node: key}
     for node in torch.fx.Tracer().trace(model).nodes:
         layer = modules.get(node.target) if node.op == "call_module" else None
         read = sorted({group_of[source] for source in node.all_input_nodes if source in group_of})
+        if read and (getattr(layer, "groups", 1) > 1 or re.fullmatch(r"(cat|concat)(_\d+)?", node.name)):
+            raise Fault(f"{node}: no filter can be removed that torch.cat or a layer with groups reads")
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             for key in read:
                 groups[key][2].append(node.target)
@@ -957,17 +959,17 @@ def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=4, losses
 def sanity_flags(model, images, *, epsilon, step_size, num_steps, eot=10, seed=0):
     """Sentences on what makes a robust accuracy doubtful (after Carlini et al. 2019, Athalye et al. 2018): of
     the first 250 images, or the first 100 of a random network, whose randomness is the first sentence."""
-    def robust(n, **attack):
-        attack |= dict(num_steps=n)
-        if random:
+    def robust(steps, **attack):
+        attack |= dict(num_steps=steps)
+        if noisy:
             return evaluate(model, images, restarts=1, eot=eot, seed=seed, **attack)["robust_acc"]
-        return per_cent(first_broken_iterate(model, images, generator.manual_seed(seed), **attack) > n)
+        return per_cent(first_broken_iterate(model, images, generator.manual_seed(seed), **attack) > steps)
     with evaluating(model, seed=seed) as generator:
-        images, random = checked(model, images), is_random(model, images[0])
-        images = x, y = [t[:100 if random else 250] for t in images]
-        slack, zero = max(2, 300 / len(y)), []                       # 2 % or 3 images
+        images, noisy = checked(model, images), is_random(model, images[0])
+        images = [t[:100 if noisy else 250] for t in images]
+        slack, zero, right = max(2, 300 / len(images[1])), [], []    # slack: 2 % or 3 images
         logits = torch.cat([logits_of(model, x) for x, _ in batched(*images)])
-        alone = torch.cat([logits_of(model, to_float(image[None])) for image in x[:32]])
+        alone = torch.cat([logits_of(model, to_float(image[None])) for image in images[0][:32]])
         with frozen(model), torch.enable_grad():
             for x, y in batched(*images):
                 loss = F.cross_entropy(model(x.requires_grad_()), y, reduction="sum")
@@ -975,24 +977,23 @@ def sanity_flags(model, images, *, epsilon, step_size, num_steps, eot=10, seed=0
         zero = per_cent(torch.cat(zero))
         found, twice = (robust(n, epsilon=epsilon, step_size=step_size) for n in (num_steps, 2 * num_steps))
         fgsm = robust(1, epsilon=epsilon, step_size=epsilon, random_start=False)
-        right = []                                                   # (B, 20), in how many of the passes
         for x, y in batched(*images):
             bits = (torch.randint(0, 2, x.shape, generator=generator, device=x.device) for _ in range(20))
-            noisy = ((x + epsilon * (b * 2 - 1)).clamp(0, 1) for b in bits)
-            right.append(torch.stack([fraction_correct(model, n, y, 10 if random else 1) for n in noisy], 1))
-        right = torch.cat(right)             # a random network's own mistakes would add up over the 20 passes
-        noise = min(map(per_cent, right.T)) if random else per_cent((right == 1).all(1))
-        wild = robust(num_steps, epsilon=1.0, step_size=1.0)
+            corners = ((x + epsilon * (b * 2 - 1)).clamp(0, 1) for b in bits)
+            right.append(torch.stack([fraction_correct(model, c, y, 10 if noisy else 1) for c in corners], 1))
+        right = torch.cat(right)     # (N, 20): a noisy network's own mistakes would add up over the 20 passes
+        noise = min(map(per_cent, right.T)) if noisy else per_cent((right == 1).all(1))
+        far = robust(num_steps, epsilon=1.0, step_size=1.0)
     return [sentence for raised, sentence in (
-        (random, "random output, expected of a network with noise: two passes over one image differ"),
-        (not random and (alone - logits[:32]).abs().max() > 1e-4 * logits.abs().max(),
+        (noisy, "random output, expected of a network with noise: two passes over one image differ"),
+        (not noisy and (alone - logits[:32]).abs().max() > 1e-4 * logits.abs().max(),
          "batch-dependent output: an image's logits change with its neighbours"),
         (logits.min() >= 0 and (logits.sum(1) - 1).abs().max() < 1e-4, "probabilities instead of logits"),
         (zero > 10, f"zero gradients on {zero:.0f} % of the images"),
         (found - twice > slack, f"not converged: twice the steps lower {found:.1f} % to {twice:.1f} %"),
         (found - fgsm > slack, f"FGSM ({fgsm:.1f} %) is stronger than PGD ({found:.1f} %)"),
         (found - noise > slack, f"random noise ({noise:.1f} %) is stronger than PGD ({found:.1f} %)"),
-        (wild > 100 / logits.shape[1] + 5, f"epsilon 1 leaves {wild:.1f} %, more than chance")) if raised]
+        (far > 100 / logits.shape[1] + 5, f"epsilon 1 leaves {far:.1f} %, more than chance")) if raised]
 
 
 def count_macs(model, network):
@@ -1014,8 +1015,7 @@ def latency(models, network, batch_size, device):
                 model(x)
                 wait()
                 times[-1].append(time.perf_counter())
-    spent = np.diff(times[1:], axis=1)                               # the first round warms up
-    return [round(1000 * float(t), 3) for t in np.median(spent, 0)]
+    return [round(1000 * float(t), 3) for t in np.median(np.diff(times[1:], axis=1), 0)]   # [0] warms up
 
 
 def peak_memory():

@@ -16,8 +16,8 @@ whatever the objective; HYDRA lets the objective decide, by training importance 
   [H]  CROWN-IBP: margins as linear functions of x, each ReLU between two lines over its interval of [G]
   [I]  symbolic intervals: so too, the lines both of slope u / (u - l), each layer's l and u from such lines
   [J]  crown-ibp  CE of the logits -lower(f_y - f_j), lower = share [H] + (1 - share) [G], share 1 to 0
-  [K]  mixtrain   CE(f(x), y), and with probability 0.8 + w CE of the logits -lower, [I], of k random images;
-                  w = min(50, 0.1 * 2.5^floor(t / 5)), t: the phase's epochs at the full radius
+  [K]  mixtrain   CE(f(x), y) + b mix CE of the logits -lower, [I], of k random images, b = 1 with probability
+                  0.8, else 0;  mix = min(50, 0.1 * 2.5^floor(t / 5)), t: the phase's epochs at full radius
   [L]  smooth     CE(f(x), y) + beta KL(p(x) || p(x + sigma N(0, 1)))
 
 Sources. Neither text was available: the procedure is from the abstracts, [B] to [F] and [J] to [L] from
@@ -126,7 +126,8 @@ class Scores(nn.Module):
     def __init__(self, model, scheme, ratio):
         super().__init__()
         self.scheme, self.ratio, self.layers, self.masked = scheme, ratio, prunable(model, scheme), []
-        norms = {name: norm for writers, _, _ in channel_groups(model) for name, norm in writers.items()}
+        groups = channel_groups(model) if scheme == "filter" else ()
+        norms = {name: norm for writers, _, _ in groups for name, norm in writers.items()}
         self.s = nn.ParameterList(first_score(m.weight.detach(), scheme) for m in self.layers.values())
         for i, (name, layer) in enumerate(self.layers.items()):
             last = layer if scheme == "irregular" or not norms[name] else model.get_submodule(norms[name])
@@ -288,9 +289,9 @@ def kl(logits, to):
     return F.kl_div(F.log_softmax(logits, 1), F.log_softmax(to, 1), reduction="none", log_target=True).sum(1)
 
 
-def objective(model, x, y, args, strength, w=0.1):
+def objective(model, x, y, args, strength, mix=0.1):
     """[A] The loss of a batch, and the logits of which the log tells how many are right. The radius and the
-    step of the attack are multiplied by `strength`, with which the share of [G] in [J] grows; w is [K]'s."""
+    step of the attack are multiplied by `strength`, with which [G]'s share in [J] grows; mix is [K]'s."""
     epsilon, step_size = strength * args.epsilon, strength * args.step_size
     if args.objective == "crown-ibp":
         layers, share = plain_layers(model), 1 - (1 - args.final_share) * strength
@@ -303,9 +304,9 @@ def objective(model, x, y, args, strength, w=0.1):
         logits = model(x)
         loss = F.cross_entropy(logits, y)
         if torch.rand(()) < 0.8:                                     # drawn on the CPU: no GPU has to wait
-            k, layers = torch.randint(len(x), (args.mix_images,), device=x.device), plain_layers(model)
-            lower = symbolic_margins(layers, interval_boxes(layers, x[k], epsilon), y[k])        # [I]
-            loss = loss + w * F.cross_entropy(-lower, y[k])                          # [K]
+            some, layers = torch.randint(len(x), (args.mix_images,), device=x.device), plain_layers(model)
+            lower = symbolic_margins(layers, interval_boxes(layers, x[some], epsilon), y[some])  # [I]
+            loss = loss + mix * F.cross_entropy(-lower, y[some])                     # [K]
         return loss, logits
     model.eval()                                                 # the attack sees fixed batch-norm statistics
     x_near = x
@@ -329,11 +330,11 @@ def train_epoch(model, batches, optimizer, schedule, args, scores=None, masks=No
                 strength_at=lambda i: 1.0, epochs=0):
     """One epoch of [A]; with scores of [D], with masks of [E]; strength_at(i) is the objective's strength in
     batch i, epochs is t of [K]. Returns what is logged: mean loss, per cent of its logits that are right."""
-    w = min(50.0, 0.1 * 2.5 ** min(7, max(epochs, 0) // 5))                          # [K]; 2.5^7 / 10 > 50
+    mix = min(50.0, 0.1 * 2.5 ** min(7, max(epochs, 0) // 5))                        # [K]; 2.5^7 / 10 > 50
     total = right = n = 0
     for step, (x, y) in enumerate(batches):
         with autocast(args):
-            loss, logits = objective(model, x, y, args, strength_at(step), w)        # [A]
+            loss, logits = objective(model, x, y, args, strength_at(step), mix)      # [A]
         total, right, n = total + loss.detach() * len(y), right + (logits.argmax(1) == y).sum(), n + len(y)
         model.zero_grad()                                            # in [D] the optimizer has no weights
         loss.backward()
@@ -349,7 +350,7 @@ def train_epoch(model, batches, optimizer, schedule, args, scores=None, masks=No
         raise Fault("the training loss is not finite: training has diverged (try a lower --lr, or --amp off)")
     strength, fields = strength_at(step), dict(loss=total.item() / n, train_acc=100 * right.item() / n)
     fields |= dict(share=1 - (1 - args.final_share) * strength) if args.objective == "crown-ibp" else {}
-    fields |= dict(w=w) if args.objective == "mixtrain" else {}
+    fields |= dict(mix=mix) if args.objective == "mixtrain" else {}
     return fields | ({} if args.objective in ("natural", "smooth") else dict(epsilon=args.epsilon * strength))
 
 

@@ -1184,13 +1184,13 @@ def test_hydra_weight_of_mixtrain_grows_at_the_full_radius_and_scores_have_no_de
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in resnet().modules())
     scores = len(hydra_prune.Scores(resnet(), "irregular", 2).s)
     assert groups[2] == [(2 * norms, 5e-4), (scores, 0)] and groups[0][0][1] == groups[4][0][1] == 5e-4
-    monkeypatch.setattr(hydra_prune, "objective", lambda model, x, y, args, strength, w: (
-        weights.append(w), (model(x).sum(), model(x)))[1])
+    monkeypatch.setattr(hydra_prune, "objective", lambda model, x, y, args, strength, mix: (
+        weights.append(mix), (model(x).sum(), model(x)))[1])
     model, x, y = chain(0)
     for epoch in (-30, 0, 4, 5, 10, 34, 35, 9999):
         fields = train_epoch(model, [(x, y)], *sgd(model.parameters(), 0.0),
                              digits_args(hydra_prune, "--objective mixtrain"), epochs=epoch)
-        assert fields["w"] == weights[-1]
+        assert fields["mix"] == weights[-1]
     assert weights == pytest.approx([0.1, 0.1, 0.1, 0.25, 0.625, 0.1 * 2.5**6, 50, 50])
 
 
@@ -1568,7 +1568,7 @@ def test_admm_that_did_not_converge_is_told_by_its_smallest_residual(script, tmp
     monkeypatch.setattr(script.ADMM, "update", update)
     unevaluated(monkeypatch)
     tiny(tmp_path / "run", *UNTRAINED, "--admm-epochs", "3", script=script)
-    assert "the residual grew" in log_of(tmp_path / "run")[-1]["note"]
+    assert "ADMM did not converge" in log_of(tmp_path / "run")[-1]["note"]
 
 
 def spawn(*command, cwd=HERE, **more):

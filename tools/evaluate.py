@@ -1,7 +1,7 @@
 """Evaluates a saved network: clean, under PGD, with sanity flags; and by other judges where asked for.
 
   python tools/evaluate.py runs/DIR/model.pt                     what result.json says (seed 0)
-  python tools/evaluate.py runs/DIR/model.pt --losses ce --constant-step --step-size 2/255      Madry's PGD
+  python tools/evaluate.py runs/DIR/model.pt --losses ce --constant-step --eval-step-size 2/255  Madry's PGD
   python tools/evaluate.py runs/DIR/model.pt --source OTHER.pt   PGD examples made on another network
   python tools/evaluate.py runs/DIR/model.pt --autoattack        needs the package pyautoattack
   python tools/evaluate.py runs/DIR/model.pt --smoothing 0.25    certified l2 radii at that noise
@@ -34,7 +34,7 @@ def get_args(argv=None):
                         help="decoding threads; for photos, processes")
     parser.add_argument("--eval-images", type=whole(0), help="a balanced subset; 0: all (on a CPU: 1000)")
     parser.add_argument("--epsilon", type=radius)
-    parser.add_argument("--step-size", type=radius, help="the first one")
+    parser.add_argument("--eval-step-size", "--step-size", dest="step_size", type=radius, help="the first")
     parser.add_argument("--constant-step", action="store_true", help="as in Madry's PGD; else it is annealed")
     parser.add_argument("--eval-steps", type=whole(1, 10000))
     parser.add_argument("--restarts", type=whole(1, 1000))
