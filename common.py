@@ -436,7 +436,7 @@ def read_torchvision(name, root, download):
         if not download:
             return None
         raise Fault(f"{name} is neither in {root / TORCHVISION[name][1]} nor in {root / name}/train/<class>, "
-                    f"nor could torchvision get it ({first_line(fault)}); --dataset digits needs none") from None
+                    f"nor got by torchvision ({first_line(fault)}); --dataset digits needs none") from None
     pairs = [(np.asarray(s.data), np.asarray(s.labels if name == "svhn" else s.targets)) for s in splits]
     if name != "svhn":                                           # (N, H, W) or (N, H, W, C) -> (N, C, H, W)
         pairs = [(np.ascontiguousarray(np.moveaxis(x.reshape(*x.shape[:3], -1), 3, 1)), y) for x, y in pairs]

@@ -34,8 +34,8 @@ it gives after its own batch norm, and 0.001 for 0 in [D]: at 0 ReLU would let n
   python hydra_prune.py --arch wrn28_4 --objective trades --pretrain-epochs 100 --prune-epochs 20
       --finetune-epochs 100 --finetune-lr 0.01 --lr 0.1 --batch-size 128 --weight-decay 1e-4    HYDRA's length
 1906.06110 (abstract): ratio 10 keeps on average 93 % of clean, 92.5 % of empirical robust, 85 % of verified
-accuracy. HYDRA (its table, with extra data), WRN-28-4 as above, CIFAR-10, robust %: dense 57.2; ratio 10 LWM
-53.8, HYDRA 55.2; ratio 100 LWM 37.3, HYDRA 47.3. What we measured is in results/README.md.
+accuracy. HYDRA (its code's page, extra data), WRN-28-4 as above, CIFAR-10, robust %: dense 57.2; at 10 LWM
+53.8, HYDRA 55.2; at 100 LWM 37.3, HYDRA 47.3. What we measured is in results/README.md.
 """
 import copy
 import math
