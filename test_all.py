@@ -78,7 +78,6 @@ def unevaluated(monkeypatch):
 
 
 def stopped(saves, run):
-    """run(), stopped right after its checkpoint of that number."""
     def stopping(run, *args):
         save(run, *args)
         if next(count) == saves:
@@ -189,6 +188,7 @@ def test_data_class_folders_are_their_pixels_whatever_lies_beside_them(tmp_path,
     assert (first.train[0][8].permute(1, 2, 0).numpy() == pixels).all() and first.train[1][8] == 1
     assert os.listdir(tmp_path) == ["zoo"] and first.test[1].tolist() == [0, 1] * 6
     assert args.step_size == args.epsilon / 4 and first.classes == ["ant", "bee"]
+    assert (first.crop, first.flip) == (0, False)                # letters of a user's are not mirrored
     for clutter in (".DS_Store", "train/Thumbs.db", "train/ant/Thumbs.db", "test/bee/.hidden"):
         (zoo / clutter).write_text("clutter")
     for folder in (".ipynb_checkpoints", "train/.ipynb_checkpoints", "train/ant/.ipynb_checkpoints"):
@@ -1406,6 +1406,8 @@ def test_a_channel_that_only_removed_filters_read_goes_too_and_one_always_stays(
     def encoded(model, network):
         state, codes, _ = binary_relax.encode(model, 2)
         return binary_relax.build(dict(network=network, state=state, **codes)).eval()
+    with pytest.raises(common.Fault, match="1: no filter can be removed that"):
+        common.channel_groups(nn.Sequential(nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 1, groups=4)))
     network = dict(arch="vgg16", width=1, channels=3, classes=10, size=[32, 32])
     model = common.build_network(**network)
     for w in binary_relax.quantisable(model).values():
@@ -1639,7 +1641,6 @@ def run_cli(main, argv, monkeypatch, stderr=io.StringIO):
 
 
 def ends(main, argv, monkeypatch, status, words):
-    """That the program ends with this status and one line, no traceback, in which these words are found."""
     found, errors = run_cli(main, map(str, argv), monkeypatch)
     assert found == status and errors.count("\n") == 1 and re.search(words, errors), errors
 
@@ -2120,7 +2121,6 @@ def test_two_processes_train_the_weights_of_one(tmp_path, script, halves):
 
 
 def judge():
-    """How many images of a network a process attacks, and what it finds of that and two other networks."""
     attacked, pgd, attack = [], common.pgd, dict(epsilon=0.2, step_size=0.1, num_steps=3, restarts=2)
     common.pgd = lambda model, x, *args, **more: attacked.append(len(x)) or pgd(model, x, *args, **more)
     images, model = common.load_data(digits_args(cstar)).test, common.load_model(SHIPPED / "model.pt")
