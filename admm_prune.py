@@ -18,13 +18,15 @@ and let ADMM pull the weights towards sparse ones, so that the final cut costs l
 A column is one of the matrix (filters, C k k): a position (c, i, j) in all filters. The paper's theta is W.
 
 Sources. The problem, [A] to [E] and pruning every layer alike are the paper's; [G] and the whole classifier
-the authors' code's. The paper prints [F] as U + rho (W - Z), which does not agree with its (8) and (10); the
-code has this form. The paper's rho is 1e-3; the code multiplies it by 1.3 at each update, and its U keeps an
-autograd graph: after m updates the penalty pulls 1 + m times as hard as [D]. Ours: [H], rho's default, all
-schedules, the reading of --mode ticket, removing dead filters, and --group-residual: only with it does a
-ResNet-18 pruned 16 -> 4 become as small as one of width 4. Why [H]: batch norm undoes the shrinking of a
-whole filter, so that pulling its weights alone prepares no cut. The authors' code does just that, and the
-batch norm's shift lives on: its pruned filters still give constants.
+the authors' code's. The paper prints [F] as U + rho (W - Z), which does not agree with its (8) and (10);
+the code has this form. The paper's rho is 1e-3; the code multiplies it by 1.3 at each update, and its U
+keeps an autograd graph: after m updates the penalty pulls 1 + m times as hard as [D]. Ours: [H], rho's
+default, all schedules, the reading of --mode ticket, removing dead filters, and --group-residual: only with
+it does a ResNet-18 pruned 16 -> 4 become as small as one of width 4. With that rho the masks hardly move
+(mask_changed in the log): Z is the one-shot cut, faded in; see results/README.md for a rho that grows. Why
+[H]: batch norm undoes the shrinking of a whole filter, so that pulling its weights alone prepares no cut.
+The authors' code does just that, and the batch norm's shift lives on: its pruned filters still give
+constants.
 
   python admm_prune.py --dataset digits                two minutes on two CPU cores, no network
   python admm_prune.py --arch resnet18 --target-width 4                 CIFAR-10, 16 -> 4, for a GPU
