@@ -22,7 +22,7 @@ the authors' code's. The paper prints [F] as U + rho (W - Z), which does not agr
 the code has this form. The paper's rho is 1e-3; the code multiplies it by 1.3 at each update, and its U
 keeps an autograd graph: after m updates the penalty pulls 1 + m times as hard as [D]. Ours: [H], rho's
 default, all schedules, the reading of --mode ticket, removing dead filters, and --group-residual: only with
-it does a ResNet-18 pruned 16 -> 4 become as small as one of width 4. With that rho the masks hardly move
+it does a ResNet-18 pruned 16 -> 4 become as small as one of width 4. With our rho the masks hardly move
 (mask_changed in the log): Z is the one-shot cut, faded in; see results/README.md for a rho that grows. Why
 [H]: batch norm undoes the shrinking of a whole filter, so that pulling its weights alone prepares no cut.
 The authors' code does just that, and the batch norm's shift lives on: its pruned filters still give

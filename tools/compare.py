@@ -247,14 +247,14 @@ def draw(table, path):
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
     figure, methods = Figure(figsize=(14, 5.5), layout="constrained"), {}
     for label, runs in table:
-        what, _, how = method_of(runs[0]) if "folder" in runs[0] else ("dense", "", "")
+        what, far, how = method_of(runs[0]) if "folder" in runs[0] else ("dense", "", "")
         if what != "dense" and runs[0]["args"].get("bits", 32) < 32:
             what, how = "fewer bits", how * (runs[0]["args"]["method"] == "bc")
         size, speed, robust = (mean(run[k] for run in runs) for k in ("bytes", "speed", "robust_acc"))
         low, high = runs[0]["robust_ci"] if len(runs) == 1 else (
             f(run["robust_acc"] for run in runs) for f in (min, max))
         bar = robust - low, high - robust
-        method = ", ".join(filter(None, (what, how)))
+        method = ", ".join(filter(None, (what or far, how)))
         short = ", ".join(word for word in label.split(", ") if word not in method.split(", ")) or label
         point = dict(label=label, short=short, bytes=size, time=1 / speed, robust=robust, bar=bar)
         methods.setdefault(method, []).append(point)
