@@ -29,7 +29,7 @@ its neighbours; their 2-bit scale is a mean over all weights, zeros too, which i
 PGD sees batch norm's running statistics, and its iterates do not enter them; evaluated is q of the last v, on
 images that are not cropped, and nothing is selected; SGD is Nesterov's. Noise is on in training, in attacks
 and in evaluation, as theirs. Ours: one cycle of the rate over both phases, not steps; pre-training; and the
-switch after a quarter of the epochs, which on digits is better than after three fifths, theirs.
+switch after a quarter of the epochs, on digits better at 1 and 2 bits than after three fifths, theirs.
 [F] is not normalised, so that its step is nine times that of --adv-weight 1 --nat-weight 0. A network with
 noise is attacked with EOT, evaluated by the mean over 10 draws, and flagged as random. In an EnResNet only
 channels between the two convolutions of a block can be removed, which is part of the dead ones.
