@@ -1406,8 +1406,10 @@ def test_a_channel_that_only_removed_filters_read_goes_too_and_one_always_stays(
     def encoded(model, network):
         state, codes, _ = binary_relax.encode(model, 2)
         return binary_relax.build(dict(network=network, state=state, **codes)).eval()
-    with pytest.raises(common.Fault, match="1: no filter can be removed that"):
-        common.channel_groups(nn.Sequential(nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 1, groups=4)))
+    Side = type("Side", (nn.Sequential,), dict(forward=lambda self, x: torch.cat([m(x) for m in self], 1)))
+    for odd in (nn.Conv2d(4, 4, 1, groups=4), Side(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))):
+        with pytest.raises(common.Fault, match="no filter can be removed that"):
+            common.channel_groups(nn.Sequential(nn.Conv2d(1, 4, 1), odd))
     network = dict(arch="vgg16", width=1, channels=3, classes=10, size=[32, 32])
     model = common.build_network(**network)
     for w in binary_relax.quantisable(model).values():
@@ -1630,7 +1632,6 @@ def test_progress_counts_to_its_total_and_tells_the_time_that_is_left(robust, di
 
 # ---------------------------------------------------------------- wrong input
 def run_cli(main, argv, monkeypatch, stderr=io.StringIO):
-    """(exit status, stderr) of a script called with these arguments, and of any traceback: none is wanted."""
     errors = stderr()
     monkeypatch.setattr(sys, "argv", ["cstar.py", *argv])
     before, out = signal.getsignal(signal.SIGTERM), contextlib.redirect_stdout(io.StringIO())
