@@ -14,24 +14,27 @@ and let ADMM pull the weights towards sparse ones, so that the final cut costs l
   [F]  U <- U + W - Z                                                    Algorithm 1, in its scaled form
   [G]  W <- project(W), the pruned stay zero; then trained on like [A], with a fresh optimizer
   [H]  of filters, W_l is the weight, its bias and the batch norm's scale and shift: all that the cut zeroes;
-       which filters stay depends on the weights alone
+       which filters stay depends on the weights alone, as in the paper: Z is then not the nearest point
 A column is one of the matrix (filters, C k k): a position (c, i, j) in all filters. The paper's theta is W.
+The baselines of --mode have as many epochs: post cuts the dense network at once (appendix A); scratch trains
+one of --target-width; ticket trains what the pruned network kept from the initial values of the dense one.
 
 Sources. The problem, [A] to [E] and pruning every layer alike are the paper's; [G] and the whole classifier
 the authors' code's. The paper prints [F] as U + rho (W - Z), which does not agree with its (8) and (10);
 the code has this form. The paper's rho is 1e-3; the code multiplies it by 1.3 at each update, and its U
 keeps an autograd graph: after m updates the penalty pulls 1 + m times as hard as [D]. Ours: [H], rho's
-default, all schedules, the reading of --mode ticket, removing dead filters, and --group-residual: only with
-it does a ResNet-18 pruned 16 -> 4 become as small as one of width 4. With our rho the masks hardly move
-(mask_changed in the log): Z is the one-shot cut, faded in; see results/README.md for a rho that grows. Why
-[H]: batch norm undoes the shrinking of a whole filter, so that pulling its weights alone prepares no cut.
-The authors' code does just that, and the batch norm's shift lives on: its pruned filters still give
-constants.
+default, all schedules, Nesterov's momentum, the reading of --mode ticket, removing dead filters, and
+--group-residual: only with it does a ResNet-18 pruned 16 -> 4 become as small as one of width 4. [G] keeps
+the dense network's running statistics. With our rho masks of digits hardly move (mask_changed in the log): Z
+is the one-shot cut, faded in; results/README.md has a rho that grows. Why [H]: batch norm undoes the
+shrinking of a whole filter, so that pulling its weights alone prepares no cut. The authors' code does just
+that, and the batch norm's shift lives on: its pruned filters still give constants.
 
   python admm_prune.py --dataset digits                two minutes on two CPU cores, no network
   python admm_prune.py --arch resnet18 --target-width 4                 CIFAR-10, 16 -> 4, for a GPU
   python admm_prune.py --arch resnet18 --target-width 4 --pretrain-epochs 300 --admm-epochs 270
-      --admm-interval 9 --finetune-epochs 300 --batch-size 128 --rho 1e-3   its 300, K = 30, rho; ours: 9
+      --admm-interval 9 --finetune-epochs 300 --batch-size 128 --rho 1e-3
+The last has the paper's 300 epochs of pre-training, K = 30 updates and rho; the rest of its numbers is ours.
 The paper, clean / PGD-10 robust % (Table 4): ResNet-18 of width 16 82.71 / 49.31, of width 4 from scratch
 77.35 / 44.99, pruned 16 -> 4 78.85 / 47.19. Table 2, LeNet, PGD-40: width 8 98.85 / 93.51, 4 98.15 / 91.38,
 8 -> 4 98.87 / 94.27. What we measured is in results/README.md.
@@ -63,7 +66,7 @@ def get_args(argv=None):
     paper.add_argument("--admm-interval", type=whole(1, 10000), help="epochs per ADMM iteration (default: 1)")
     paper.add_argument("--admm-lr", type=rate, help="peak learning rate (default: half of --lr)")
     paper.add_argument("--finetune-lr", type=rate, help="of fine-tuning (default: --lr)")
-    paper.add_argument("--rho", type=number(1e-9, 1000), help="default: 3 (1 - momentum) / (rate * steps)")
+    paper.add_argument("--rho", type=number(1e-9, 1000), help="default: 3 (1 - momentum) / (admm_lr * steps)")
     paper.add_argument("--rho-growth", type=number(1, 100), help="factor at every update (default: 1)")
     paper.add_argument("--rho-max", type=number(1e-9, 1000), help="where the growth ends (default: 10)")
     args = resolve(parser, parser.parse_args(argv), longest_ramp=lambda args: phases_of(args)[
@@ -153,7 +156,8 @@ def choose_masks(weights, scheme, ratio, tied=()):
 
 
 def project(w, mask):
-    """[C] A new tensor: w where the mask is True, else zero. Nearest to w of all with that many units."""
+    """[C] A new tensor: w where the mask is True, else zero. Nearest to w of all with that many units, if the
+    mask was chosen by w."""
     return torch.where(mask, w.detach(), 0)
 
 
@@ -178,7 +182,7 @@ class ADMM:
     @torch.no_grad()
     def update(self):
         """[E], [F], rho; returns the relative residual ||W - Z|| / ||W|| of all parameters together, and how
-        many entries of the masks changed, in per cent."""
+        many entries of the masks changed, in per cent: a unit for another are two, so at most 200 / ratio."""
         moved = {name: w + self.u[name] for name, w in self.weights.items()}
         before, self.masks = self.masks, self.choose(moved)
         factor = max(1.0, min(self.growth, self.rho_max / self.rho))

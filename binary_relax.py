@@ -14,7 +14,7 @@ to those every epoch and there at last; adversarially, with noise, and with clea
          m bits   |c| = min(M, ceil(|v| / s0 - 1/2)), M = 2^(m-1) - 1, s0 = 2 max |v| / (2 M + 1);
                   s = <|v|, |c|> / <c, c>
   [C]  w = (lam q + v) / (lam + 1), where the network runs; the proximal point of lam/2 dist(w, Q)^2 if q is
-         the nearest of Q, as for 1 bit; the other two are the authors' rules, near it
+         the nearest of Q, as for 1 bit; the other two, after the authors' rules, are near it
   [D]  v <- SGD(v, dL/dw):  the gradient is taken at w, the step, its momentum and weight decay act on v
   [E]  lam <- 350^(1 / switch) lam after every epoch, from 1 (theirs: 1.05 lam, switch 120); then w = q
   [F]  L = 8 CE(f_w(x_adv), y) + 1 CE(f_w(x), y),  x_adv by PGD on f_w;  (9) of the paper, says its README

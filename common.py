@@ -62,8 +62,7 @@ class UsageFault(Fault):
 
 
 def first_line(fault):
-    line = str(fault).strip().partition("\n")[0]
-    return re.sub(r"^.*\.cpp:\d+, ", "", line) or type(fault).__name__         # where torchvision raised it
+    return re.sub(r"^.*\.cpp:\d+, ", "", str(fault).strip().partition("\n")[0]) or type(fault).__name__
 
 
 class Parser(argparse.ArgumentParser):
@@ -180,6 +179,8 @@ def check_device(name):
         here = ["cuda", "cpu"]
     if name not in here:
         raise UsageFault(f"argument --device: {name} is none of this machine's {', '.join(here)}")
+    if name != "cpu":
+        torch.cuda.set_device(name)                                  # or helpers of torch would be on cuda:0
     return name
 
 
@@ -248,8 +249,7 @@ def cli(main):
 
 
 # ---------------------------------------------------------------- several processes, under torchrun
-# All do the same with the same random numbers, but for their shares of a training batch and of an evaluation,
-# the noise in training, and what rank 0 does alone.
+# All do the same by the same random numbers, but for shares of batches, noise in training and rank 0's files.
 @functools.cache
 def join():
     """Lets the processes that torchrun started meet; returns the store in which they did."""
@@ -384,16 +384,15 @@ def augment(x, crop, flip, generator):
 
 def balanced(labels, count=None):
     """Indices (count,) of the first images of each class in turn, so that every prefix is balanced too."""
-    rank = np.empty(len(labels), int)
+    place = np.empty(len(labels), int)
     for label in np.unique(labels):
-        rank[labels == label] = np.arange((labels == label).sum())
-    return np.lexsort((labels, rank))[:count]
+        place[labels == label] = np.arange((labels == label).sum())
+    return np.lexsort((labels, place))[:count]
 
 
 def load_data(args):
     """The data set that the flags name, as Data on args.device: in args.data_dir as torchvision lays it out,
-    or as class folders NAME/{train,test}/<class>/*; a known set that is absent is downloaded. NAME/train
-    and val are photos of any size, streamed to train on, decoded here to test on. digits are in data/."""
+    as class folders NAME/{train,test}/<class>/* or, of photos, {train,val}, else downloaded; or in data/."""
     name, root = args.dataset, Path(args.data_dir)
     if name == "digits":
         with np.load(Path(__file__).parent / "data" / "digits.npz") as stored:       # grey levels 0 to 16
@@ -517,8 +516,7 @@ def stages(block, depth, widths):
 def resnet18(width, channels, classes, size):
     """ResNet-18 for small images, with the layer names of the common CIFAR implementation."""
     w = [c * width for c in (4, 4, 8, 16, 32)]
-    return nn.Sequential(OrderedDict(
-        conv1=conv3x3(channels, w[0]), bn1=nn.BatchNorm2d(w[0]), relu=nn.ReLU(),
+    return nn.Sequential(OrderedDict(conv1=conv3x3(channels, w[0]), bn1=nn.BatchNorm2d(w[0]), relu=nn.ReLU(),
         **{f"layer{i}": stage for i, stage in enumerate(stages(BasicBlock, 2, w), 1)},
         pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), linear=nn.Linear(w[4], classes)))
 
@@ -544,8 +542,7 @@ class WideBlock(nn.Module):
 
     def forward(self, x):
         h = F.relu(self.bn1(x))
-        out = self.conv2(F.relu(self.bn2(self.conv1(h))))
-        return out + (self.shortcut(h) if self.shortcut else x)
+        return self.conv2(F.relu(self.bn2(self.conv1(h)))) + (self.shortcut(h) if self.shortcut else x)
 
 
 def wrn28_4(width, channels, classes, size):
@@ -630,7 +627,8 @@ def channel_groups(model):
     for node in torch.fx.Tracer().trace(model).nodes:
         layer = modules.get(node.target) if node.op == "call_module" else None
         read = sorted({group_of[source] for source in node.all_input_nodes if source in group_of})
-        if read and (getattr(layer, "groups", 1) > 1 or re.fullmatch(r"(cat|concat)(_\d+)?", node.name)):
+        beside = node.target in (torch.cat, torch.concat, torch.concatenate, torch.hstack, torch.stack)
+        if read and (beside or getattr(layer, "groups", 1) > 1):
             raise Fault(f"{node}: no filter can be removed that torch.cat or a layer with groups reads")
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             for key in read:
@@ -783,7 +781,7 @@ def pgd(model, x, y, epsilon, step_size, num_steps, *, loss="ce", random_start=T
     evaluation: anneal, by which the step falls geometrically to a tenth and a quarter of the last move is
     added to three quarters of the new one (after APGD, Croce and Hein 2020); broken_at (N,) int: an image
     leaves the batch at its first misclassified iterate t, which is written there. Fault on pixels outside
-    [0, 1] and gradients not finite; in training on a GPU, which does not wait, x_adv and the loss are NaN."""
+    [0, 1] and gradients not finite; on a GPU, without broken_at, which would wait for it, x_adv is NaN."""
     fits, message = ((x >= 0) & (x <= 1)).all(), "a pixel is not in [0, 1], as attacks and networks want it"
     if x.device.type == "cuda":
         torch._assert_async(fits, message)                       # ends the process, and nothing waits for it
@@ -1074,8 +1072,7 @@ def save_model(path, script, kind, network, model, args, state=None, **more):
     values = torch.cat([t.flatten() for t in floats.values()])
     bits = zlib.compress(np.packbits((values != 0).numpy()).tobytes(), 9)
     attack = {k: vars(args)[k] for k in ("dataset", "epsilon", "eval_steps", "restarts", "eot") if k in args}
-    save_file(path, dict(
-        script=script, kind=kind, network=network, **more, values=values[values != 0],
+    save_file(path, dict(script=script, kind=kind, network=network, **more, values=values[values != 0],
         bits=torch.frombuffer(bytearray(bits), dtype=torch.uint8),
         shapes={name: list(t.shape) for name, t in floats.items()},
         counters={name: t.item() for name, t in state.items() if name not in floats},
@@ -1169,22 +1166,23 @@ def load_pretrained(model, path, network):
 class Run:
     """One run's output folder: its log, its checkpoint and its result. phases: {name: epochs}, in order.
     epochs() and compute_once() continue one: `saved` is last.pt until its phase is reached, then None."""
-    active = None                                                # the run that this process is in
+    active = result = saved = phase = None                       # active: the run that this process is in
     where = ""                                                   # for messages: "pretrain 3/15: "
 
     def __init__(self, args, data, script, phases, argv=None):
         self.args, self.data, self.script, self.phases = args, data, Path(script).stem, phases
-        size = (f"b{args.bits}" if "bits" in args else f"r{getattr(args, 'ratio', 1):g}") + f"-s{args.seed}"
-        args.output = args.output or f"runs/{self.script}-{args.dataset}-{args.arch}w{args.width}-{size}"
+        elsewhere = ("output", "resume", "data_dir", "workers", "device")     # may differ when continued
+        self.flags = {k: v for k, v in vars(args).items() if k not in elsewhere}
+        sizes = {k: f"{k[0]}{v:g}" for k, v in self.flags.items() if k in ("width", "seed", "ratio", "bits")}
+        words = (sizes.get(k, v) for k, v in self.flags.items()      # of other flags, those that are a word
+                 if k in ("dataset", "arch", *sizes) or re.fullmatch("[a-z-]+", str(v)))
+        args.output = args.output or f"runs/{'-'.join([self.script, *words])}"
         self.folder = Path(args.output)
         if not self.script.isidentifier() or not Path(__file__).with_name(f"{self.script}.py").is_file():
             raise UsageFault(f"{script} must lie beside common.py, with only letters, digits and _ in its "
                              "name: model.pt is read back through it")
         argv = sys.argv[1:] if argv is None else argv
         self.command = shlex.join([*LAUNCHER, f"{self.script}.py", *(a for a in argv if a != "--resume")])
-        elsewhere = ("output", "resume", "data_dir", "workers", "device")     # may differ when continued
-        self.flags = {k: v for k, v in vars(args).items() if k not in elsewhere}
-        self.result = self.saved = self.phase = None
         self.computed, self.seconds, self.begin = {}, {}, time.time()
         if (self.folder / "result.json").is_file():
             with fitting(self.folder / "result.json", "a run; without it --resume evaluates again"):
@@ -1285,10 +1283,12 @@ class Run:
             first, self.saved = self.saved["epoch"], None
         else:
             self.save(0, stateful)
-        for epoch in range(first, count):
-            self.epoch, self.where = epoch, f"{phase} {epoch + 1}/{count}: "
+        for epoch in range(first, count + 1):
             if world() > 1:                                      # noise is to differ between processes
                 torch.manual_seed(zlib.crc32(f"{self.args.seed} {phase} {epoch} {rank()}".encode()))
+            if epoch == count:
+                break
+            self.epoch, self.where = epoch, f"{phase} {epoch + 1}/{count}: "
             yield epoch
             self.seconds[phase] = self.seconds.get(phase, 0) + time.time() - self.begin
             self.begin = time.time()                             # what lies between phases is the next one's

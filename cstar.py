@@ -3,13 +3,14 @@
 Phan, Yin, Sui, Yuan, Zonouz: CSTAR: Towards Compact and Structured Deep Neural Networks with Adversarial
 Robustness. AAAI 2023, arXiv 2212.01957.
 
-The idea: every convolution but the first is to be a product of three thin ones (Tucker-2); ADMM pulls dense
+The idea: each layer but the first and the last is to be a product of thin ones (Tucker-2); ADMM pulls dense
 weights towards that form while they train on adversarial images, so that the final cut costs little.
 
   [A]  min_W  E max_{|d| <= epsilon} loss(f_W(x + d), y)    s.t. W_l of Tucker-2 form, sizes within a budget
   [B]  W = G x_1 A x_2 B,  G (ro, ri, k, k), A (S, ro), B (C, ri);     parameters  C ri + k k ro ri + S ro
   [C]  E(ro, ri) = ||W||^2 - sum of squares of the leading ro x ri block of the full HOSVD core
-  [D]  ranks of all layers: small sum_l E_l / ||W_l||^2, all parameters <= total / ratio (greedy, not exact)
+  [D]  ranks of all layers, chosen once, of the pre-trained W: small sum_l E_l / ||W_l||^2 (greedy, inexact),
+       all parameters <= total / ratio; 3 % of each full rank come first, and a layer may stay dense
   [E]  W <- SGD on  loss(f_W(x_adv), y) + rho/2 sum_l ||W_l - Z_l + U_l||^2
   [F]  Z <- project(W + U)          after every epoch: truncated HOSVD, --hooi N sweeps on top
   [G]  U <- U + W - Z               then: scaled dual
@@ -19,7 +20,7 @@ S, C, k: output and input channels, kernel. A 1x1 kernel or linear layer is a ma
 Sources. Of the paper only abstracts and an extract were available: global ranks, Tucker-2 projection, ratios
 2 to 64, 8/255 in steps of 2/255. [B], [E] to [H] follow the group's ADMM code (Yin et al., CVPR 2021). It has
 clean images, updates before an epoch, up to 100 HOOI sweeps, rho 1e-3, dense 1x1 shortcuts, fine-tuning at
-1/20 of the rate. Ours: [A] as put, [C], [D], rates, epochs, --budget macs, statistics of attacked images.
+1/20 of the rate. Ours: [A] as put, [C], [D], rates, epochs, Nesterov, --budget macs, attacked statistics.
 
   python cstar.py --dataset digits                     two minutes on two CPU cores, no network
   python cstar.py --arch resnet18 --ratio 16           CIFAR-10 at full width, for a GPU
@@ -43,13 +44,13 @@ FLOOR = 0.03                                                     # in [D], of ev
 def get_args(argv=None):
     parser = script_parser(__doc__, __file__, "admm_epochs")
     paper = parser.add_argument_group("CSTAR (letters: see the head of the file)")
-    paper.add_argument("--ratio", type=number(1, 10000), default=16.0, help="all parameters, dense / compact")
+    paper.add_argument("--ratio", type=number(1, 10000), default=16.0, help="dense / compact, of --budget")
     paper.add_argument("--rank-rule", choices=("hull", "uniform"), default="hull", help="[D] or one fraction")
-    paper.add_argument("--budget", choices=("parameters", "macs"), default="parameters", help="of [D]")
+    paper.add_argument("--budget", choices=("parameters", "macs"), default="parameters", help="in [D]")
     paper.add_argument("--admm-epochs", type=whole(0, 10000), help="0 is the one-shot baseline")
     paper.add_argument("--admm-lr", type=rate, help="first learning rate (default: --lr)")
     paper.add_argument("--finetune-lr", type=rate, help="of fine-tuning (default: --lr)")
-    paper.add_argument("--rho", type=number(1e-9, 1000), help="default: 3 (1 - momentum) / (rate * steps)")
+    paper.add_argument("--rho", type=number(1e-9, 1000), help="default: 3 (1 - momentum) / (admm_lr * steps)")
     paper.add_argument("--hooi", type=whole(0, 100), default=0, help="alternating sweeps in every projection")
     args = resolve(parser, parser.parse_args(argv))
     if not args.admm_epochs:
@@ -300,7 +301,7 @@ def build(artifact):
     return model
 
 
-@torch.compiler.disable                                              # for these passes alone it does not pay
+@torch.compiler.set_stance("force_eager")                            # for these passes alone no compiling
 @torch.no_grad()
 def reestimate_batchnorm_(model, batches, count):
     """Running statistics become averages over `count` batches: the cut moved every activation."""
@@ -318,9 +319,8 @@ def reestimate_batchnorm_(model, batches, count):
 # ---------------------------------------------------------------- training
 
 def train_epoch(model, batches, optimizer, schedule, args, penalty=None, strength=1.0):
-    """One epoch of adversarial training [A]; with a penalty, of ADMM's W-step [E]. The attack's radius and
-    step are multiplied by `strength`. Returns what is logged: mean cross-entropy without the penalty, per
-    cent right on the adversarial images of training."""
+    """One epoch of adversarial training [A]; with a penalty, of ADMM's W-step [E]; radius and step times
+    `strength`. Returns what is logged: mean cross-entropy alone, per cent right on adversarial images."""
     total = right = n = 0
     for x, y in batches:
         with autocast(args):

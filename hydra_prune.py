@@ -6,7 +6,8 @@ HYDRA: Pruning Adversarially Robust Neural Networks. NeurIPS 2020, arXiv 2002.10
 The idea: train for the robustness that you want, in every phase. The first paper prunes by magnitude (LWM),
 whatever the objective; HYDRA lets the objective decide, by training importance scores before the cut.
 
-  [A]  L: natural, pgd, [F], [J], [K] or [L], the same in all phases; pre-train  min_w E L(w; x, y)
+  [A]  pre-train  min_w E L(w; x, y);  L, the same in all phases, is [F], [J], [K], [L], natural: CE(f(x), y),
+       or pgd: CE(f(x_adv), y), where x_adv maximises that
   [B]  m(s) = 1 for the ceil(n / ratio) largest |s| of a layer's n weights, else 0
   [C]  s = sqrt(6 / fan_in) w / max |w|           first scores: m(s) then prunes the lowest magnitudes (LWM)
   [D]  prune      min_s E L(w * m(s); x, y)  w fixed, batch norms not;  dL/ds := sign(s) w dL/d(w m)
@@ -21,13 +22,13 @@ whatever the objective; HYDRA lets the objective decide, by training importance 
   [L]  smooth     CE(f(x), y) + beta KL(p(x) || p(x + sigma N(0, 1)))
 
 Sources. Neither text was available: the procedure is from the abstracts, [B] to [F] and [J] to [L] from
-HYDRA's code, which prunes all layers, the classifier too; its [J] ends at share 0, pure [G]. [F] is Zhang et
-al. 2019 (TRADES), [H], [J] Zhang et al. 2020, [I], [K] Wang et al. 2018 (MixTrain), [L] Carmon et al. 2019,
-with its certificate (Cohen et al. 2019) in tools/evaluate.py. LWM as the first paper's, there in steps, is a
-survey's word (2409.01249); its verifiable objective is not known. Ours: a box clamped to [0, 1], not to the
-batch's range, schedules (in [K] too the radius grows by steps), the best of all bounds, no weight decay on s,
-[D]'s epochs added to LWM's fine-tuning, and --scheme filter: a score per filter, first its norm; m is on what
-it gives after its own batch norm, and 0.001 for 0 in [D]: at 0 ReLU would let no pruned filter return.
+HYDRA's code, which prunes all layers, the classifier too, and whose adversarial objective is [F]; its [J]
+ends at share 0, pure [G]. [F] is Zhang et al. 2019 (TRADES), [H], [J] Zhang et al. 2020, [I], [K] Wang et al.
+2018 (MixTrain), [L] Carmon et al. 2019, with its certificate (Cohen et al. 2019) in tools/evaluate.py. LWM as
+the first paper's, there in steps, is a survey's word (2409.01249); its verifiable objective is not known.
+Ours: the default pgd, Nesterov's momentum, boxes clamped to [0, 1], schedules (in [K] too the radius grows by
+steps), the best of all bounds, no weight decay on s, [D]'s epochs added to LWM's fine-tuning, and --scheme
+filter: one score each; m is on its batch norm, fixed as w is, and 0.001 for 0 in [D], for ReLU's gradient.
 
   python hydra_prune.py --dataset digits               two minutes on two CPU cores, no network
   python hydra_prune.py --arch vgg16 --ratio 10        CIFAR-10, for a GPU; the first paper: --scores lwm

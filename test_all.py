@@ -1406,8 +1406,10 @@ def test_a_channel_that_only_removed_filters_read_goes_too_and_one_always_stays(
     def encoded(model, network):
         state, codes, _ = binary_relax.encode(model, 2)
         return binary_relax.build(dict(network=network, state=state, **codes)).eval()
-    Side = type("Side", (nn.Sequential,), dict(forward=lambda self, x: torch.cat([m(x) for m in self], 1)))
-    for odd in (nn.Conv2d(4, 4, 1, groups=4), Side(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))):
+    def side(join):
+        kind = type("Side", (nn.Sequential,), dict(forward=lambda self, x: join([m(x) for m in self])))
+        return kind(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
+    for odd in (nn.Conv2d(4, 4, 1, groups=4), side(torch.hstack), side(functools.partial(torch.cat, dim=1))):
         with pytest.raises(common.Fault, match="no filter can be removed that"):
             common.channel_groups(nn.Sequential(nn.Conv2d(1, 4, 1), odd))
     network = dict(arch="vgg16", width=1, channels=3, classes=10, size=[32, 32])
@@ -1479,6 +1481,18 @@ def test_relax_quantises_the_networks_of_common_from_a_dense_one(whole, finished
 
 
 # ---------------------------------------------------------------- runs end to end
+@pytest.mark.parametrize("script, flags, name", [
+    (cstar, "", "cstar-digits-resnet18-w4-s0-r16-hull-parameters"),
+    (admm_prune, "--scheme column --ratio 2.5", "admm_prune-digits-resnet18-w4-s0-admm-column-r2.5"),
+    (hydra_prune, "--scores lwm --seed 7", "hydra_prune-digits-resnet18-w4-s7-lwm-pgd-irregular-r10"),
+    (binary_relax, "--bits 1 --method bc", "binary_relax-digits-enresnet-w8-s0-b1-bc")])
+def test_the_default_folder_tells_the_method(tmp_path, monkeypatch, script, flags, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common.Run, "active", None)
+    args = script.get_args(["--dataset", "digits", *flags.split()])
+    assert common.Run(args, None, script.__file__, {}, []).folder == Path("runs", name) == Path(args.output)
+
+
 def test_cstar_run_writes_a_smaller_file_that_is_what_it_reports(finished):
     folder, result = finished
     model, dense = (common.load_model(folder / name) for name in ("model.pt", "dense.pt"))
@@ -1908,7 +1922,8 @@ def test_compare_names_rows_as_a_person_does(finished, tmp_path, capsys, monkeyp
         "low rank, 4x, ADMM, not fine-tuned": args | dict(finetune_epochs=0, lr=0.1, admm_lr=0.7),
         "filters, 10x, ADMM": admm | dict(mode="admm"),
         "filters, grouped, 10x, one-shot": admm | dict(mode="post", group_residual=True),
-        "filters, width 1 to 1, lottery ticket": admm | dict(mode="ticket", target_width=1),
+        "filters, width 1 to 1, lottery ticket": admm | dict(mode="ticket", target_width=1,
+                                                             finetune_epochs=0),
         "width 1, from scratch": admm | dict(mode="scratch", target_width=1),
         "single weights, 10x, HYDRA scores": hydra | dict(scores="hydra", objective="pgd"),
         "single weights, 10x, lowest magnitudes, TRADES": hydra | dict(scores="lwm", objective="trades"),
@@ -1928,6 +1943,8 @@ def test_compare_names_rows_as_a_person_does(finished, tmp_path, capsys, monkeyp
         f"{same}, loss=margin, {rate}, width=1", f"dense, {rate}, width=1", "dense, momentum=0.5, width=2"}
     write_run("third", result, args=dict(admm_lr=0.7))
     assert labels("run0", "third") == {"dense", *(f"{same}, admm_lr={lr:g}" for lr in (0.7, args["admm_lr"]))}
+    write_run("third", result, args=dict(ratio=9.0), dense=dict(clean_acc=1.0))      # not two seeds of one
+    assert labels("run0", "third") == {same, "low rank, 9x, ADMM", "dense", "dense, of third"}
 
 
 def test_compare_refresh_changes_nothing_here_and_repairs_a_table(tmp_path, capsys, monkeypatch):
@@ -2005,6 +2022,11 @@ def test_bench_times_saved_networks_and_onnx_runtime_computes_what_they_are(tmp_
     assert all(0.2 < form["times_as_fast"][0] < 5 for form in found["batch_128"].values())
     assert torch.allclose(bench.by_onnx(model, x := torch.rand(3, 1, 16, 16))(x), model(x), atol=1e-5)
     ends(bench.main, ["--models", file, SHIPPED / "model.pt"], monkeypatch, 2, "takes other images than")
+    normed = common.build_network(**network, mean=[0.4], std=[0.2]).eval()
+    assert torch.allclose(bench.folded(normed)(x), normed(x), atol=1e-5)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    noisy = ["--models", str(HERE / "results/digits-relax-s0/model.pt"), "--device", "cpu"]
+    assert set(bench.main(noisy)["inference"]["batch_1"]) == {"plain", "exported"}   # noise is not folded
 
 
 @every_script
@@ -2144,6 +2166,7 @@ def stop_and_resume(folder):
     stopped(4, lambda: tiny(folder / "run"))
     if common.rank() == 0:
         shutil.copytree(folder / "run", folder / "one")
+    stopped(2, lambda: tiny(folder / "run", "--resume"))             # before the cut and what it draws
     patch.undo()
     return tiny(folder / "run", "--resume")["processes"]
 

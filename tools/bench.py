@@ -26,7 +26,7 @@ import binary_relax
 import cstar
 import hydra_prune
 from common import (NETWORKS, Data, Parser, UsageFault, build_network, check_device, cli, count_macs, latency,
-                    make_optimizer, parameter_masks, peak_memory, prepare, progress, read_model,
+                    make_optimizer, normalised, parameter_masks, peak_memory, prepare, progress, read_model,
                     to_float, whole)
 
 
@@ -174,6 +174,12 @@ def limits(args, step, bfloat16, device):
                 profile_per_cent={key: round(100 * spent / total, 1) for spent, key in found[:8]})
 
 
+def folded(model):
+    """A copy with batch norms in the convolutions before them. fuse() loses the hook of a normalised one."""
+    mean_std = [getattr(model, k).flatten().tolist() for k in ("mean", "std") if hasattr(model, k)]
+    return normalised(fuse(model), *mean_std or (None, None)).to(next(model.parameters()).device)
+
+
 def bench_inference(args, device):
     """Milliseconds a forward pass, without training (random weights), of the dense network, of CSTAR's at
     ratio 16 by both rank rules and by its budget of MACs, and of one with a quarter of the filters, near
@@ -191,7 +197,7 @@ def bench_inference(args, device):
         models["filters"] = build_network(args.arch, args.width // 4, 3, 10, (32, 32)).eval()
     sizes = {name: sum(p.numel() for p in m.parameters()) for name, m in models.items()}
     macs = {name: count_macs(m, network) for name, m in models.items()}
-    models |= {f"{name}, folded": fuse(m) for name, m in models.items()}
+    models |= {f"{name}, folded": folded(m) for name, m in models.items()}
     for model in models.values():
         model.to(device, memory_format=torch.channels_last)
     return dict(params_ratio={name: round(sizes["dense"] / n, 1) for name, n in sizes.items()},
@@ -218,9 +224,14 @@ def bench_files(paths, device, with_compile):
     for path, artifact in zip(paths, artifacts):
         if any(artifact["network"][k] != network[k] for k in ("channels", "size")):
             raise UsageFault(f"argument --models: {path} takes other images than {paths[0]}")
-    forms = {"plain": lambda m, x: m, "folded": lambda m, x: fuse(m),
+    forms = {"plain": lambda m, x: m, "folded": lambda m, x: folded(m),
              "exported": lambda m, x: torch.export.export(m, (x,)).module()}
-    if with_compile:
+    try:
+        [*map(folded, models)]
+    except TypeError:                                                # noise cannot be traced
+        del forms["folded"]
+    if with_compile:                                                 # beyond the limit it would run as plain
+        torch._dynamo.config.recompile_limit = 8 + 2 * len(models)
         forms["compiled"] = lambda m, x: torch.compile(m, dynamic=False)
     if device == "cpu" and all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))):
         forms["onnxruntime"] = by_onnx

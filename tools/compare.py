@@ -82,7 +82,7 @@ def read_run(folder, base):
     run["nonzeros_ratio"] = run["dense_parameters"] / run["nonzeros"]
     run["flags"] = [flag.partition(":")[0] for flag in run["flags"]]
     ratios = dict.fromkeys(["bytes_ratio", "macs_ratio", "nonzeros_ratio", "speed", "speed1"], 1)
-    run["dense"] |= dict(args=run["args"], bytes=run["dense_bytes"], flags=None, **ratios)
+    run["dense"] |= dict(args=run["args"], bytes=run["dense_bytes"], flags=None, of=folder, **ratios)
     kept = base / folder / "evaluate-autoattack.json"
     with contextlib.suppress(FileNotFoundError):
         try:
@@ -143,7 +143,7 @@ def method_of(run):
         return "", f"{args['bits']} bit{'s' * (args['bits'] > 1)}", "BinaryConnect" * (args["method"] == "bc")
     if mode == "scratch":
         return "", f"width {args['target_width']}", MODES[mode]
-    if mode == "post" or args.get("scores") == "lwm":            # all epochs are of fine-tuning
+    if mode in ("post", "ticket") or args.get("scores") == "lwm":          # all epochs are of fine-tuning
         first, last = 0, first + last
     what = SCHEMES.get(args.get("scheme"), "low rank" if "rank_rule" in args else run["script"])
     what += ", uniform ranks" * (args.get("rank_rule") == "uniform")
@@ -179,7 +179,8 @@ def labels_of(rows):
 
 
 def dense_rows(rows):
-    """{label: dense networks} that the rows started from; if these differ, the label says in which flags."""
+    """{label: dense networks} that the rows started from; if these differ, the label says in which flags, or
+    of which run they are, where several would be one of several seeds."""
     groups = {}                                                  # of rows that had the same networks
     for runs in rows:
         if runs[0]["args"].get("mode") != "scratch":             # there the network is its own dense one
@@ -190,6 +191,9 @@ def dense_rows(rows):
     flags = [{k: f[k] for k in sorted(OF_DENSE & set(f))} for f in flags]
     merged = {}
     for label, (same, _) in zip(named(["dense"] * len(flags), flags), groups.values()):
+        seeds = {run["args"]["seed"] for key, run in merged.get(label, {}).items() if key not in same}
+        if seeds & {run["args"]["seed"] for run in same.values()}:
+            label += f", of {next(iter(same.values()))['of']}"
         merged[label] = same | merged.get(label, {})
     return {label: list(same.values()) for label, same in merged.items()}
 

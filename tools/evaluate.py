@@ -1,6 +1,6 @@
 """Evaluates a saved network: clean, under PGD, with sanity flags; and by other judges where asked for.
 
-  python tools/evaluate.py runs/DIR/model.pt                     what result.json says (seed 0)
+  python tools/evaluate.py runs/DIR/model.pt                     what result.json says (seed 0, its images)
   python tools/evaluate.py runs/DIR/model.pt --losses ce --constant-step --eval-step-size 2/255  Madry's PGD
   python tools/evaluate.py runs/DIR/model.pt --source OTHER.pt   PGD examples made on another network
   python tools/evaluate.py runs/DIR/model.pt --autoattack        needs the package pyautoattack
@@ -83,8 +83,9 @@ def autoattack(model, images, *, epsilon, seed=0):
             raise Fault(f"AutoAttack needs four classes or more, and this network has {classes}")
         judge.apgd_targeted.n_target_classes = judge.fab.n_target_classes = min(9, classes - 1)
         with torch.enable_grad():
-            x_adv = judge.run_standard_evaluation(x, y, batch_size=250)[0]
-        return per_cent(torch.cat([logits_of(model, x).argmax(1) for x in x_adv.split(250)]) == y), version
+            x_adv, found = judge.run_standard_evaluation(x, y, batch_size=250)
+        again = torch.cat([logits_of(model, x).argmax(1) for x in x_adv.split(250)])
+        return per_cent((again == y) & (found == y)), version
 
 
 # ---------------------------------------------------------------- randomised smoothing (Cohen et al. 2019)
