@@ -175,7 +175,7 @@ def limits(args, step, bfloat16, device):
 
 
 def folded(model):
-    """A copy with batch norms in the convolutions before them. fuse() loses the hook of a normalised one."""
+    """A copy with batch norms in the convolutions before them, and the normalisation, which fuse() loses."""
     mean_std = [getattr(model, k).flatten().tolist() for k in ("mean", "std") if hasattr(model, k)]
     return normalised(fuse(model), *mean_std or (None, None)).to(next(model.parameters()).device)
 
