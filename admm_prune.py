@@ -87,8 +87,8 @@ def get_args(argv=None):
         parser.refuse(args, "without ADMM epochs", "rho", "rho_growth", "rho_max", "admm_lr", "admm_interval")
     if (args.rho_growth or 1) == 1:
         parser.refuse(args, "without --rho-growth", "rho_max")
-    if args.mode in ("scratch", "ticket"):
-        parser.refuse(args, f"in --mode {args.mode}, which trains at --lr", "finetune_lr")
+    if args.mode in ("scratch", "ticket") or not phases_of(args)["finetune"]:
+        parser.refuse(args, f"in --mode {args.mode} with these epochs", "finetune_lr")
     args.admm_lr, args.finetune_lr = args.admm_lr or args.lr / 2, args.finetune_lr or args.lr
     args.rho_growth, args.rho_max = args.rho_growth or 1.0, args.rho_max or 10.0
     args.admm_interval = args.admm_interval or 1
@@ -319,6 +319,7 @@ def main(argv=None):
     if ticket:
         model.load_state_dict(ticket["state"])
     apply_masks_(model, masks)                                       # [G]
+    # What each layer's own mask keeps; removed filters take their readers' inputs along.
     kept = {name: int(mask.sum()) for name, mask in masks.items() if name.endswith("weight")}
     if args.scheme == "filter":
         model, masks = remove_filters_(model, masks)

@@ -57,14 +57,14 @@ from common import (CIFAR, RECIPES, Fault, Run, UsageFault, WideBlock, autocast,
 def get_args(argv=None):
     def adapt(recipe):
         epochs = recipe["compress_epochs"] + recipe["finetune_epochs"]
-        relaxed = round(epochs / 4)                                  # the authors': 120 of 200
+        relaxed = round(epochs / 4)                                  # ours; the authors': 120 of 200
         arch = recipe["arch"] if recipe["arch"].startswith("imagenet") else "enresnet"
         return dict(arch=arch, width=max(8, recipe["width"]), compress_epochs=relaxed,
                     finetune_epochs=epochs - relaxed)
     parser = script_parser(__doc__, __file__, "relax_epochs", ["enresnet"], adapt)
     parser.set_defaults(eval_steps=None)                             # with noise fewer: see below
     paper = parser.add_argument_group("Binary-Relax, EnResNet and the trade-off loss")
-    paper.add_argument("--eot", type=whole(1, 1000), help="passes per gradient, with noise (default: 10)")
+    paper.add_argument("--eot", type=whole(1, 1000), help="evaluation's passes a gradient (default: 10)")
     paper.add_argument("--bits", type=int, choices=(1, 2, 4, 32), default=2, help="per weight; 32 is float")
     paper.add_argument("--method", choices=("br", "bc"), default="br", help="bc, BinaryConnect: w = q always")
     paper.add_argument("--relax-epochs", type=whole(0, 10000), help="before the switch to quantised weights")
@@ -371,7 +371,7 @@ def main(argv=None):
 
     def extra_metrics(model, robust):
         """The authors' FGSM and I-FGSM (20 steps of 1/255 at 8/255), one pass per gradient; for C&W in l2,
-        its loss in l_inf."""
+        its loss in l_inf. Without noise every iterate counts, not only the last."""
         attack = dict(epsilon=args.epsilon, random_start=False, anneal=False, restarts=1, seed=args.seed)
         step, eot = args.epsilon / 8, args.eot or 1
         attacks = dict(fgsm=dict(step_size=args.epsilon, num_steps=1, eot=1),

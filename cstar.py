@@ -56,6 +56,8 @@ def get_args(argv=None):
     args = resolve(parser, parser.parse_args(argv))
     if not args.admm_epochs:
         parser.refuse(args, "without --admm-epochs", "rho", "admm_lr")
+    if not args.finetune_epochs:
+        parser.refuse(args, "without epochs of fine-tuning", "finetune_lr")
     args.admm_lr, args.finetune_lr = args.admm_lr or args.lr, args.finetune_lr or args.lr
     return args
 

@@ -55,7 +55,9 @@ from common import (RECIPES, Fault, Run, apply_masks_, autocast, build_network, 
                     world)
 
 OBJECTIVES = ("natural", "pgd", "trades", "crown-ibp", "mixtrain", "smooth")
-BOUNDED = ("crown-ibp", "mixtrain")
+ATTACKED, BOUNDED = ("pgd", "trades"), ("crown-ibp", "mixtrain")
+TRAIN_ACC = {"pgd": "train_robust_acc", "trades": "train_robust_acc", "crown-ibp": "train_verified_acc",
+             "smooth": "train_noisy_acc"}                            # what the log calls it; else train_acc
 # Ours, for these: a network of plain layers, Adam's rate, more epochs for digits; the usual small radii.
 VERIFIABLE = dict(arch="cnn_small", width=16, lr=1e-3, batch_size=128, ramp_epochs=15)
 DIGITS = dict(batch_size=64, pretrain_epochs=60, prune_epochs=20, finetune_epochs=40, ramp_epochs=30)
@@ -74,8 +76,13 @@ def get_args(argv=None):
     paper.add_argument("--finetune-lr", type=rate, help="of fine-tuning (default: --lr)")
     paper.add_argument("--beta", type=number(0, 1000), help="of [F] and [L] (default: 6)")
     paper.add_argument("--final-share", type=number(0, 1), help="of CROWN-IBP in [J], from 1 (default: 0)")
-    paper.add_argument("--mix-images", type=whole(1, 65536), help="k of [K] (default: 5; cnn_large: 1)")
+    paper.add_argument("--mix-images", type=whole(1, 65536), help="k of [K], of each process's share of a "
+                       "batch (default: 5; cnn_large: 1)")
     paper.add_argument("--sigma", type=number(1e-6, 100), help="noise of [L] (default: 0.25)")
+    flags = lambda recipe: " ".join(f"--{k.replace('_', '-')} {v}" for k, v in recipe.items())
+    parser.epilog += (f"\nwith --objective crown-ibp, mixtrain:\n  all: {flags(VERIFIABLE)} --epsilon 2/255\n"
+                      f"  digits: {flags(DIGITS)} --epsilon {VERIFIABLE_RADIUS['digits']}\n"
+                      f"  mnist: --epsilon {VERIFIABLE_RADIUS['mnist']}")
     args, defaults = parser.parse_args(argv), {}
     own = {"trades": dict(beta=6.0), "smooth": dict(beta=6.0, sigma=0.25), "crown-ibp": dict(final_share=0.0),
            "mixtrain": dict(mix_images=1 if args.arch == "cnn_large" else 5)}.get(args.objective, {})
@@ -85,13 +92,17 @@ def get_args(argv=None):
         parser.refuse(args, f"with --objective {args.objective}, which trains with Adam", "momentum")
         args.epsilon = VERIFIABLE_RADIUS.get(args.dataset) if args.epsilon is None else args.epsilon
         defaults = VERIFIABLE | (DIGITS if args.dataset == "digits" else {})
-        defaults["step_size"] = args.epsilon and args.epsilon / 4
         if args.arch not in (None, "cnn_small", "cnn_large"):
             parser.error(f"argument --objective: {args.objective} is for --arch cnn_small and cnn_large")
         if args.amp == "on" or args.compile:
             parser.error(f"argument --objective: {args.objective} trains in float32, without torch.compile")
         args.amp, torch.backends.cudnn.allow_tf32 = "off", False     # bounds need all digits
     args = resolve(parser, args, **own, **defaults)
+    if args.objective not in ATTACKED:
+        args.step_size = args.num_steps = None                       # nothing reads them
+    args.momentum = None if args.objective in BOUNDED else args.momentum
+    if not args.finetune_epochs + args.prune_epochs * (args.scores == "lwm"):
+        parser.refuse(args, "without epochs of fine-tuning", "finetune_lr")
     if args.scores == "lwm" or not args.prune_epochs:
         parser.refuse(args, "without epochs of training scores", "prune_lr")
     args.prune_lr, args.finetune_lr = args.prune_lr or args.lr, args.finetune_lr or args.lr
@@ -260,9 +271,9 @@ def cheap_margins(layers, boxes, y):
 
 def verify(model, images, epsilon, robust):
     """{verified_acc, verified_ci}: images (uint8 (N, C, H, W), labels (N,)) of which the bounds prove, in
-    float64, that nothing within epsilon changes the class; {} for networks without known bounds. [I] is slow:
-    it gets what the others leave of the images that are robust (N,) by the attack's verdict. Fault if any
-    other image is verified: a bound is then wrong."""
+    float64, that nothing within epsilon changes the class; {} for networks without known bounds. [I] is slow,
+    for cnn_large above all (--eval-images takes fewer): it gets what the others leave of the images that are
+    robust (N,) by the attack's verdict. Fault if any other image is verified: a bound is then wrong."""
     exact = copy.deepcopy(model).double()
     try:
         layers = plain_layers(exact)
@@ -293,7 +304,7 @@ def kl(logits, to):
 def objective(model, x, y, args, strength, mix=0.1):
     """[A] The loss of a batch, and the logits of which the log tells how many are right. The radius and the
     step of the attack are multiplied by `strength`, with which [G]'s share in [J] grows; mix is [K]'s."""
-    epsilon, step_size = strength * args.epsilon, strength * args.step_size
+    epsilon = strength * args.epsilon
     if args.objective == "crown-ibp":
         layers, share = plain_layers(model), 1 - (1 - args.final_share) * strength
         boxes = interval_boxes(layers, x, epsilon)
@@ -311,11 +322,13 @@ def objective(model, x, y, args, strength, mix=0.1):
         return loss, logits
     model.eval()                                                 # the attack sees fixed batch-norm statistics
     x_near = x
+    if args.objective in ATTACKED:
+        attack = epsilon, strength * args.step_size, args.num_steps
     if args.objective == "pgd":
-        x_near = pgd(model, x, y, epsilon, step_size, args.num_steps)
+        x_near = pgd(model, x, y, *attack)
     elif args.objective == "trades":
         clean = model(x).float().detach()
-        x_near = pgd(model, x, y, epsilon, step_size, args.num_steps, start=x + 0.001 * torch.randn_like(x),
+        x_near = pgd(model, x, y, *attack, start=x + 0.001 * torch.randn_like(x),
                      loss=lambda logits, _: kl(logits, clean))                       # [F]
     elif args.objective == "smooth":
         x_near = x + args.sigma * torch.randn_like(x)                                # [L], not clamped
@@ -330,7 +343,7 @@ def objective(model, x, y, args, strength, mix=0.1):
 def train_epoch(model, batches, optimizer, schedule, args, scores=None, masks=None,
                 strength_at=lambda i: 1.0, epochs=0):
     """One epoch of [A]; with scores of [D], with masks of [E]; strength_at(i) is the objective's strength in
-    batch i, epochs is t of [K]. Returns what is logged: mean loss, per cent of its logits that are right."""
+    batch i, epochs is t of [K]. Returns what is logged: mean loss, per cent right (by [J]: proven to be)."""
     mix = min(50.0, 0.1 * 2.5 ** min(7, max(epochs, 0) // 5))                        # [K]; 2.5^7 / 10 > 50
     total = right = n = 0
     for step, (x, y) in enumerate(batches):
@@ -349,7 +362,8 @@ def train_epoch(model, batches, optimizer, schedule, args, scores=None, masks=No
             apply_masks_(model, masks)                               # [E]
     if not math.isfinite(total):
         raise Fault("the training loss is not finite: training has diverged (try a lower --lr, or --amp off)")
-    strength, fields = strength_at(step), dict(loss=total.item() / n, train_acc=100 * right.item() / n)
+    strength, fields = strength_at(step), dict(loss=total.item() / n)
+    fields[TRAIN_ACC.get(args.objective, "train_acc")] = 100 * right.item() / n
     fields |= dict(share=1 - (1 - args.final_share) * strength) if args.objective == "crown-ibp" else {}
     fields |= dict(mix=mix) if args.objective == "mixtrain" else {}
     return fields | ({} if args.objective in ("natural", "smooth") else dict(epsilon=args.epsilon * strength))
@@ -410,6 +424,7 @@ def main(argv=None):
         model, scores.masks(), filters=args.scheme == "filter").items()}, dict)
     masks = {name: mask.to(args.device) for name, mask in masks.items()}
     apply_masks_(model, masks)                                       # [E]
+    # What each layer's own mask keeps; removed filters take their readers' inputs along.
     kept = {name: int(mask.sum()) for name, mask in masks.items() if name.endswith("weight")}
     if args.scheme == "filter":
         model, masks = remove_filters_(model, masks)
