@@ -118,8 +118,8 @@ def first_rho(args, data):
     peak rate, fit the interval of updates; UsageFault where --rho-growth has no room below --rho-max."""
     steps = args.admm_interval * data.steps(args.batch_size)
     rho = args.rho or 3 * (1 - args.momentum) / (args.admm_lr * steps)
-    if args.rho_growth > 1 and rho > args.rho_max:
-        raise UsageFault(f"argument --rho-growth: rho begins at {rho:.3g}, beyond --rho-max {args.rho_max:g}")
+    if args.rho_growth > 1 and rho >= args.rho_max:
+        raise UsageFault(f"argument --rho-growth: rho begins at {rho:.3g}; --rho-max is {args.rho_max:g}")
     return rho
 
 
@@ -249,6 +249,9 @@ def read_ticket(args, network):
                           for name, shape in shapes.items())
     if {k: ticket.get(k) for k in made} != made or not fits:
         raise UsageFault(f"argument --ticket: {args.ticket} is not a ticket of {made}")
+    dense = read_artifact(Path(args.ticket).with_name("dense.pt"))
+    if (dense["kind"], dense["network"]) != ("dense", network):
+        raise UsageFault(f"argument --ticket: the dense.pt beside it is not a dense network of {network}")
     return ticket
 
 
@@ -268,7 +271,7 @@ def main(argv=None):
     run = Run(args, data, __file__, phases, argv)
     if run.result:
         return run.result
-    initial = run.compute_once("initial", lambda: {} if args.pretrained or args.ticket else
+    initial = run.compute_once("initial", lambda: {} if args.pretrained or args.mode != "admm" else
                                {name: t.clone() for name, t in model.state_dict().items()}, dict)
     model = prepare(model, args)
     layers = prunable(model)
@@ -309,7 +312,7 @@ def main(argv=None):
         if ticket:
             return ticket["masks"]
         masks = {name: mask.cpu() for name, mask in choose(admm.weights).items()}
-        if initial and args.mode == "admm":
+        if initial:
             first = build_network(**network)
             first.load_state_dict(initial)
             save_model(run.folder / "ticket.pt", run.script, "ticket", network, first, args, masks=masks,

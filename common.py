@@ -503,8 +503,7 @@ class BasicBlock(nn.Module):
             nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
     def forward(self, x):
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(out + self.shortcut(x))
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.shortcut(x))
 
 
 def stages(block, depth, widths):
@@ -565,8 +564,7 @@ def cnn(width, channels, classes, size, convs, linear, padding=1, pool=1):
         channels = -(-c * width // 16)
     layers, units = [*layers, nn.Flatten()], channels * h * w
     for n in linear:
-        layers += [nn.Linear(units, -(-n * width // 16)), nn.ReLU()]
-        units = layers[-2].out_features
+        layers += [nn.Linear(units, units := -(-n * width // 16)), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(units, classes))
 
 
@@ -613,6 +611,8 @@ def network_of(args, data):
     """The arguments of build_network, which are stored in every saved network."""
     _, channels, *size = data.train[0].shape
     network = dict(arch=args.arch, width=args.width, channels=channels, classes=len(data.classes), size=size)
+    if min(size) >= 224 and not args.arch.startswith("imagenet"):
+        raise UsageFault(f"argument --arch: {args.arch} is for small images; photos want imagenet_resnet18")
     if (args.mean or args.std) and not len(args.mean or ()) == len(args.std or ()) == channels:
         raise UsageFault(f"argument --mean: it and --std want {channels} numbers each, one a channel")
     return network | (dict(mean=args.mean, std=args.std) if args.mean else {})
@@ -934,10 +934,9 @@ def noisy_verdicts(model, images, generator, *, restarts, losses, **attack):
 def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=4, losses=("ce", "margin"),
              random_start=True, anneal=True, eot=10, seed=0, extra_metrics=None):
     """Clean and robust accuracy in per cent over images = (uint8 (N, C, H, W), labels (N,)), in float32.
-    Robust is an image whose clean form and whose every iterate of every restart are classified correctly; the
-    restarts take the losses in turn, which together break what either leaves. A random network gets gradients
-    averaged over `eot` passes and noisy_verdicts(). Returns accuracies, 95 % intervals, images, attack
-    and what extra_metrics(model, robust) adds, robust (N,) being the verdict on each. Fault where unfit."""
+    Robust is an image whose clean form and every iterate of every restart are classified correctly; restarts
+    take the losses in turn. A random network gets gradients averaged over `eot` passes and noisy_verdicts().
+    Returns accuracies, 95 % intervals, images, attack, and what extra_metrics(model, robust (N,)) adds."""
     attack = dict(epsilon=epsilon, step_size=step_size, num_steps=num_steps, restarts=restarts,
                   losses=list(losses)[:restarts], random_start=random_start, anneal=anneal)
     with evaluating(model, seed=seed) as generator:
@@ -954,7 +953,7 @@ def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=4, losses
                 robust_ci=interval(robust, n), images=n, attack=dict(norm="l_inf", **attack, seed=seed))
 
 
-def sanity_flags(model, images, *, epsilon, step_size, num_steps, eot=10, seed=0):
+def sanity_flags(model, images, *, epsilon, step_size, num_steps, anneal=True, eot=10, seed=0):
     """Sentences on what makes a robust accuracy doubtful (after Carlini et al. 2019, Athalye et al. 2018): of
     the first 250 images, or the first 100 of a random network, whose randomness is the first sentence."""
     def robust(steps, **attack):
@@ -973,7 +972,8 @@ def sanity_flags(model, images, *, epsilon, step_size, num_steps, eot=10, seed=0
                 loss = F.cross_entropy(model(x.requires_grad_()), y, reduction="sum")
                 zero.append(torch.autograd.grad(loss, x)[0].flatten(1).abs().amax(1) == 0)
         zero = per_cent(torch.cat(zero))
-        found, twice = (robust(n, epsilon=epsilon, step_size=step_size) for n in (num_steps, 2 * num_steps))
+        own = dict(epsilon=epsilon, step_size=step_size, anneal=anneal)
+        found, twice = robust(num_steps, **own), robust(2 * num_steps, **own)
         fgsm = robust(1, epsilon=epsilon, step_size=epsilon, random_start=False)
         for x, y in batched(*images):
             bits = (torch.randint(0, 2, x.shape, generator=generator, device=x.device) for _ in range(20))

@@ -35,7 +35,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (Fault, Run, UsageFault, autocast, build_network, cli, evaluating, load_data,
+from common import (Fault, Run, UsageFault, autocast, build_network, by_rank_0, cli, evaluating, load_data,
                     load_pretrained, make_optimizer, network_of, number, pgd, prepare, progress, ramp, rate,
                     resolve, save_model, script_parser, whole)
 
@@ -284,7 +284,7 @@ def factorise_(model, ranks, hooi=0):
             continue
         layer = model.get_submodule(name)
         thin, w = factor_layer(layer, rank).to(layer.weight), layer.weight
-        *core, a, b = tucker2(w, rank, hooi)
+        *core, a, b = by_rank_0(lambda: [f.cpu() for f in tucker2(w, rank, hooi)])      # signs are free
         factors = (b.T, *core, a) if core else (b, a)
         for part, factor in zip(thin, factors):
             part.weight.copy_(factor.reshape(part.weight.shape))

@@ -811,6 +811,11 @@ def test_admm_ticket_is_the_initial_network_cut_like_the_pruned_one(whole, tmp_p
                         (["--pretrained", path], "--pretrained: .*ticket.pt holds ticket")):
         with pytest.raises(common.UsageFault, match=words):
             admm_prune.main([*flags, *more])
+    for name in ("ticket.pt", "model.pt"):
+        shutil.copy(Path(path).with_name(name), tmp_path / name)
+    shutil.copy(tmp_path / "model.pt", tmp_path / "dense.pt")
+    with pytest.raises(common.UsageFault, match="dense.pt beside it is not a dense network of"):
+        admm_prune.main([*flags, "--mode", "ticket", "--ticket", str(tmp_path / "ticket.pt")])
 
 
 def test_admm_radius_ramps_up_and_updates_come_at_their_interval(tmp_path, monkeypatch):
@@ -1715,7 +1720,7 @@ REFUSED = {                                                      # {script: {sai
         "scratch": "--pretrained x.pt --mode scratch --target-width 2", "is more than": "--admm-interval 7",
         "is for": "--group-residual --arch lenet, --group-residual --scheme column",
         "invalid choice": "--scheme kernel", "0.5 is not": "--rho-growth 0.5",
-        "beyond --rho-max": "--rho-growth 2 --rho 20, --rho-growth 1.3 --rho-max 0.1",
+        "--rho-max is": "--rho-growth 2 --rho 20, --rho-growth 2 --rho 10, --rho-growth 1.3 --rho-max 0.1",
         "does nothing": "--rho-max 2, --rho 1 --mode post, --admm-lr 1 --admm-epochs 0, --finetune-lr 1 "
                         "--mode ticket --ticket x.pt, --finetune-lr 1 --finetune-epochs 0"},
     hydra_prune: {"is for": "--objective crown-ibp --arch resnet18, --objective mixtrain --arch resnet18",
@@ -1731,7 +1736,8 @@ REFUSED = {                                                      # {script: {sai
         "3 is more": "--ramp-epochs 3 --pretrained none.pt", "is for networks": "--eot 3 --noise 0",
         "enresnet": "--noise 0.1 --arch lenet, --depth 20 --arch resnet18, --members 2 --arch resnet18",
         "both": "--nat-weight 0 --adv-weight 0", "none.pt": "--pretrained none.pt"},
-    judges: {"does nothing": "--smoothing-draws 200 x.pt, --smoothing-images 9 x.pt"}}
+    judges: {"does nothing": "--smoothing-draws 200 x.pt, --smoothing-images 9 x.pt",
+             "needs --eval-step-size": "--constant-step x.pt"}}
 
 
 @pytest.mark.parametrize("script, words, flags", [(script, words, flags) for script, said in REFUSED.items()
@@ -1917,7 +1923,8 @@ def test_compare_joins_seeds_and_leaves_out_what_is_damaged(finished, tmp_path, 
         assert "left out" in compared("torn").err, (key, wrong)
     for argv, status, words in (
             ("zero zero", 1, "two of one seed"), ("torn", 1, "finished run"), ("", 2, "folders"),
-            ("zero --refresh R", 2, "folders"), ("zero --columns bytes,x", 2, "x is not one"),
+            ("--refresh R --commands", 2, "nothing"), ("zero --refresh R", 2, "folders"),
+            ("zero --columns bytes,x", 2, "x is not one"),
             ("zero --plot a.txt", 2, "end in"), ("zero --columns bytes" + ",bytes" * 8, 2, "at most 8")):
         found, errors = run_cli(compare.main, argv.split(), monkeypatch)
         assert found == status and words in errors
@@ -2159,7 +2166,7 @@ def test_two_processes_train_the_weights_of_one(tmp_path, script, halves):
                 common.read_file(folder / "last.pt")["states"]["model"] for folder in (one, two))
     for name, t in two.items():
         parts = [v for k, v in one.items() if re.sub(r"norms\.\d\.", "", k) == name]
-        assert (t - sum(parts) / len(parts)).abs().max() < (1e-10 if halves else 1e-6)
+        assert (t - sum(parts) / len(parts)).abs().max() < (1e-10 if halves else 1e-5)     # float32
 
 
 def judge():
@@ -2327,6 +2334,19 @@ def test_pretrained_that_does_not_fit_is_one_sentence_and_runs_no_code(tmp_path,
     argv = [*TINY, *UNTRAINED, "--pretrained", "theirs.pt", "--output", "run"]
     ends(cstar.main, argv, monkeypatch, 1 if "code" in words else 2, words)
     assert os.listdir() == ["theirs.pt"]
+
+
+def test_photos_want_their_own_networks_and_a_constant_step_its_own_flags(robust, digits):
+    photos, small = (common.Data((torch.zeros(2, 3, n, n), None), None, ["ant", "bee"]) for n in (224, 32))
+    args = Mock(arch="resnet18", width=1, mean=None, std=None)
+    assert common.network_of(args, small)["size"] == [32, 32]
+    with pytest.raises(common.UsageFault, match="photos want imagenet_resnet18"):
+        common.network_of(args, photos)
+    args.arch = "imagenet_resnet18"
+    assert common.network_of(args, photos)["size"] == [224, 224]
+    attack = dict(epsilon=0.2, step_size=0.01, num_steps=10)         # reaches half of the radius
+    flags = common.sanity_flags(robust, digits.test, anneal=False, **attack)
+    assert any("not converged" in flag for flag in flags)
 
 
 def test_normalisation_is_in_the_bounds_and_photos_are_evaluated_a_few_at_a_time():

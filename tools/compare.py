@@ -55,14 +55,15 @@ def get_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("folders", nargs="*", help="of finished runs; * and ? may stand in them")
     parser.add_argument("--columns", help="at most 8, with commas: " + ", ".join(COLUMNS))
-    parser.add_argument("--commands", action="store_true", help="list the folders and commands of the rows")
+    parser.add_argument("--commands", action="store_true", default=None, help="list the rows' folders and "
+                        "commands")
     parser.add_argument("--plot", help="the picture, a .png, .pdf or .svg file")
     parser.add_argument("--refresh", nargs="+", metavar="FILE", help="Markdown files")
     args = parser.parse_args(argv)
     if bool(args.folders) == bool(args.refresh):
         parser.error("give folders of runs, or --refresh and files")
     if args.refresh:
-        parser.refuse(args, "with --refresh", "columns", "plot")
+        parser.refuse(args, "with --refresh", "columns", "plot", "commands")
     args.columns = args.columns and args.columns.split(",")
     for name in args.columns or ():
         if name not in COLUMNS or len(args.columns) > 8:

@@ -52,6 +52,8 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if not args.smoothing:
         parser.refuse(args, "without --smoothing", "smoothing_images", "smoothing_draws")
+    if args.constant_step and not args.step_size:
+        parser.error("argument --constant-step: needs --eval-step-size; what annealing begins with is large")
     if args.autoattack and not importlib.util.find_spec("pyautoattack"):
         parser.error("argument --autoattack: the package pyautoattack is not installed")
     return args
@@ -169,7 +171,7 @@ def main(argv=None):
                   bytes=os.path.getsize(args.model),
                   **evaluate(model, data.test, restarts=args.restarts, losses=args.losses,
                              anneal=not args.constant_step, **attack),
-                  flags=sanity_flags(model, data.test, **attack))
+                  flags=sanity_flags(model, data.test, anneal=not args.constant_step, **attack))
     if args.source:
         result["transfer_acc"] = transfer(model, source, data.test, **attack)
         if result["robust_acc"] - result["transfer_acc"] > max(2, 300 / result["images"]):
