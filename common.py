@@ -1032,8 +1032,9 @@ def save_file(path, content):
     with contextlib.suppress(ValueError):    # in torch.save signals may get lost: later, in the main thread
         before = {s: signal.signal(s, lambda s, _: came.append(s)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        torch.save(dict(format=FORMAT, **content), temporary)
-        with open(temporary, "rb+") as file:
+        with open(temporary, "wb") as file:      # given a path, it would write that, a process's number, inside
+            torch.save(dict(format=FORMAT, **content), file)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as fault:

@@ -1839,6 +1839,13 @@ def test_bad_class_folders_are_one_sentence(tmp_path, monkeypatch, spoil, words)
     assert not (tmp_path / "run").exists()
 
 
+def test_files_of_the_same_content_have_the_same_bytes_in_every_process(tmp_path, monkeypatch):
+    for number in (7, 123456):
+        monkeypatch.setattr(os, "getpid", lambda: number)
+        common.save_file(tmp_path / f"{number}.pt", dict(a=torch.arange(9.0)))
+    assert (tmp_path / "7.pt").read_bytes() == (tmp_path / "123456.pt").read_bytes()
+
+
 def test_a_file_is_whole_or_what_it_was_after_a_signal_and_on_a_full_disk(tmp_path, monkeypatch):
     path, written, stops = tmp_path / "f.pt", torch.save, (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(sent, Mock(side_effect=Stop)) for sent in stops]
