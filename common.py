@@ -1032,7 +1032,7 @@ def save_file(path, content):
     with contextlib.suppress(ValueError):    # in torch.save signals may get lost: later, in the main thread
         before = {s: signal.signal(s, lambda s, _: came.append(s)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with open(temporary, "wb") as file:      # given a path, it would write that, a process's number, inside
+        with open(temporary, "wb") as file:              # torch.save writes a path, if given one, inside
             torch.save(dict(format=FORMAT, **content), file)
             file.flush()
             os.fsync(file.fileno())

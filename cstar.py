@@ -284,7 +284,7 @@ def factorise_(model, ranks, hooi=0):
             continue
         layer = model.get_submodule(name)
         thin, w = factor_layer(layer, rank).to(layer.weight), layer.weight
-        *core, a, b = by_rank_0(lambda: [f.cpu() for f in tucker2(w, rank, hooi)])      # signs are free
+        *core, a, b = by_rank_0(lambda: [f.cpu() for f in tucker2(w, rank, hooi)])      # signs may differ
         factors = (b.T, *core, a) if core else (b, a)
         for part, factor in zip(thin, factors):
             part.weight.copy_(factor.reshape(part.weight.shape))

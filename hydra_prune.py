@@ -55,7 +55,7 @@ from common import (RECIPES, Fault, Run, apply_masks_, autocast, build_network, 
                     world)
 
 OBJECTIVES = ("natural", "pgd", "trades", "crown-ibp", "mixtrain", "smooth")
-ATTACKED, BOUNDED = ("pgd", "trades"), ("crown-ibp", "mixtrain")
+BOUNDED = ("crown-ibp", "mixtrain")
 TRAIN_ACC = {"pgd": "train_robust_acc", "trades": "train_robust_acc", "crown-ibp": "train_verified_acc",
              "smooth": "train_noisy_acc"}                            # what the log calls it; else train_acc
 # Ours, for these: a network of plain layers, Adam's rate, more epochs for digits; the usual small radii.
@@ -98,7 +98,7 @@ def get_args(argv=None):
             parser.error(f"argument --objective: {args.objective} trains in float32, without torch.compile")
         args.amp, torch.backends.cudnn.allow_tf32 = "off", False     # bounds need all digits
     args = resolve(parser, args, **own, **defaults)
-    if args.objective not in ATTACKED:
+    if args.objective not in ("pgd", "trades"):
         args.step_size = args.num_steps = None                       # nothing reads them
     args.momentum = None if args.objective in BOUNDED else args.momentum
     if not args.finetune_epochs + args.prune_epochs * (args.scores == "lwm"):
@@ -322,14 +322,12 @@ def objective(model, x, y, args, strength, mix=0.1):
         return loss, logits
     model.eval()                                                 # the attack sees fixed batch-norm statistics
     x_near = x
-    if args.objective in ATTACKED:
-        attack = epsilon, strength * args.step_size, args.num_steps
     if args.objective == "pgd":
-        x_near = pgd(model, x, y, *attack)
+        x_near = pgd(model, x, y, epsilon, strength * args.step_size, args.num_steps)
     elif args.objective == "trades":
         clean = model(x).float().detach()
-        x_near = pgd(model, x, y, *attack, start=x + 0.001 * torch.randn_like(x),
-                     loss=lambda logits, _: kl(logits, clean))                       # [F]
+        x_near = pgd(model, x, y, epsilon, strength * args.step_size, args.num_steps,
+                     start=x + 0.001 * torch.randn_like(x), loss=lambda logits, _: kl(logits, clean))    # [F]
     elif args.objective == "smooth":
         x_near = x + args.sigma * torch.randn_like(x)                                # [L], not clamped
     model.train()
