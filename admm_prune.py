@@ -10,8 +10,8 @@ and let ADMM pull the weights towards sparse ones, so that the final cut costs l
   [B]  S_l: at most ceil(n_l / ratio) of layer l's n_l filters, columns or weights are not zero    Sec. 3.1
   [C]  project(V): the units of largest norm stay as they are, the others become zero              Sec. 3.1
   [D]  W <- SGD (the paper: Adam) on  loss(f_W(x_adv), y) + rho/2 sum_l ||W_l - Z_l + U_l||^2       Eq. (8)
-  [E]  Z <- project(W + U)                                                                         Eq. (10)
-  [F]  U <- U + W - Z                                                    Algorithm 1, in its scaled form
+  [E]  Z <- project(W + U),  every --admm-interval epochs                                          Eq. (10)
+  [F]  U <- U + W - Z        then                                        Algorithm 1, in its scaled form
   [G]  W <- project(W), the pruned stay zero; then trained on like [A], with a fresh optimizer
   [H]  of filters, W_l is the weight, its bias and the batch norm's scale and shift: all that the cut zeroes;
        which filters stay depends on the weights alone, as in the paper: Z is then not the nearest point
@@ -19,11 +19,13 @@ A column is one of the matrix (filters, C k k): a position (c, i, j) in all filt
 The baselines of --mode have as many epochs: post cuts the dense network at once (appendix A); scratch trains
 one of --target-width; ticket trains what the pruned network kept from the initial values of the dense one.
 
-Sources. The problem, [A] to [E] and pruning every layer alike are the paper's; [G] and the whole classifier
-the authors' code's. The paper prints [F] as U + rho (W - Z), which does not agree with its (8) and (10);
-the code has this form. The paper's rho is 1e-3; the code multiplies it by 1.3 at each update, and its U
-keeps an autograd graph: after m updates the penalty pulls 1 + m times as hard as [D]. Ours: [H], rho's
-default, all schedules, Nesterov's momentum, the reading of --mode ticket, removing dead filters, and
+Sources. The problem, [A] to [E] and pruning every layer alike are the paper's; [G], and that the classifier
+stays whole, are from the authors' code. The paper prints [F] as U + rho (W - Z), which does not agree with
+its (8) and (10); the code has this form. The paper's rho is 1e-3; the code multiplies it by 1.3 at each
+update and leaves U as it is (here U shrinks as rho grows), and its U keeps an autograd graph: after m updates
+the penalty pulls 1 + m times as hard as [D]. It attacks in training mode, so that every step of PGD moves
+batch norm's statistics (here fixed meanwhile). Ours: [H], rho's default, all schedules, Nesterov's momentum,
+torch's initial weights (their LeNets': Xavier's), the reading of --mode ticket, removing dead filters, and
 --group-residual: only with it does a ResNet-18 pruned 16 -> 4 become as small as one of width 4. [G] keeps
 the dense network's running statistics. With our rho masks of digits hardly move (mask_changed in the log): Z
 is the one-shot cut, faded in; results/README.md has a rho that grows. Why [H]: batch norm undoes the
@@ -80,9 +82,8 @@ def get_args(argv=None):
         parser.error(f"argument --pretrained: not with --mode {args.mode}, which trains from initial weights")
     if (args.mode == "ticket") != bool(args.ticket):
         parser.error("argument --ticket: a ticket.pt goes with --mode ticket, and with no other")
-    if args.group_residual and (args.scheme != "filter" or "res" not in args.arch and args.arch != "wrn28_4"
-                                or args.mode in ("scratch", "ticket")):
-        parser.error("argument --group-residual: is for pruning filters of resnets and wrn28_4")
+    if args.group_residual and (args.scheme != "filter" or args.mode in ("scratch", "ticket")):
+        parser.error("argument --group-residual: is for pruning filters")
     if not phases_of(args)["admm"]:
         parser.refuse(args, "without ADMM epochs", "rho", "rho_growth", "rho_max", "admm_lr", "admm_interval")
     if (args.rho_growth or 1) == 1:
@@ -268,6 +269,8 @@ def main(argv=None):
     rho = first_rho(args, data)
     groups = channel_groups(model) if args.scheme == "filter" else ()        # Fault, where that cannot be
     tied = [list(writers) for writers, _, _ in groups] if args.group_residual else ()
+    if args.group_residual and max(map(len, tied)) == 1:
+        raise UsageFault(f"argument --group-residual: {args.arch} adds no filters' outputs to others'")
     run = Run(args, data, __file__, phases, argv)
     if run.result:
         return run.result

@@ -233,7 +233,7 @@ def without_dead(model, state):
     EnResNet these are channels within blocks: those between blocks also enter the noise and the sum."""
     groups = [({f"{name}.conv1": f"{name}.bn2"}, [], [f"{name}.conv2"])
               for name, m in model.named_modules() if isinstance(m, NoisyBlock)]
-    with contextlib.suppress(Fault):                                 # of a fork's network: none is removed
+    with contextlib.suppress(Fault):                 # a fork's network of unknown form: nothing is removed
         groups = groups if isinstance(model, EnResNet) else channel_groups(model)
     for group in reversed(groups):                               # a removed reader may leave its inputs dead
         writers, _, readers = group
@@ -250,8 +250,9 @@ def pack(codes, bits):
     packed = [torch.empty(0, dtype=torch.uint8)]
     for c in codes:
         c = (c.flatten() > 0 if bits == 1 else c.flatten() + 2**(bits - 1) - 1).to(torch.uint8)
-        c = F.pad(c, (0, -len(c) % (8 // bits))).view(-1, 8 // bits)
-        packed.append((c << torch.arange(0, 8, bits, dtype=torch.uint8)).sum(1, dtype=torch.uint8))
+        c = (c[:, None] >> torch.arange(bits, dtype=torch.uint8) & 1).flatten()      # the lowest bit first
+        c = F.pad(c, (0, -len(c) % 8)).view(-1, 8)
+        packed.append((c << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8))
     return torch.cat(packed)
 
 
@@ -264,8 +265,8 @@ def unpack(packed, shapes, bits):
         if size > len(packed):
             raise ValueError("codes are missing")
         part, packed = packed[:size, None], packed[size:]
-        c = (part >> torch.arange(0, 8, bits, dtype=torch.uint8)) & 2**bits - 1
-        c = c.flatten()[:count].float().view(shape)
+        c = (part >> torch.arange(8, dtype=torch.uint8) & 1).flatten()[:count * bits].view(count, bits)
+        c = (c << torch.arange(bits, dtype=torch.uint8)).sum(1).float().view(shape)
         codes[name] = 2 * c - 1 if bits == 1 else c - (2**(bits - 1) - 1)
     if shapes and len(packed):
         raise ValueError(f"{len(packed)} bytes of codes too many")

@@ -31,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-# The defaults of every data set: flags; compress_epochs is that of the paper's phase. The epochs are ours.
+# Defaults of each data set, by flag; compress_epochs: --admm-, --prune- or --relax-epochs. Epochs are ours.
 CIFAR = dict(arch="resnet18", width=16, pretrain_epochs=40, compress_epochs=20, finetune_epochs=20,
              batch_size=256, lr=0.2, momentum=0.9, weight_decay=5e-4, epsilon=8 / 255, step_size=2 / 255,
              num_steps=10, ramp_epochs=0)
@@ -222,7 +222,7 @@ def cli(main):
     try:
         try:
             main()
-        finally:                                                     # torchrun sends them as soon as one ends
+        finally:                                                     # torchrun stops all as soon as one ends
             for sent in (signal.SIGINT, signal.SIGTERM) if dist.is_initialized() else ():
                 signal.signal(sent, signal.SIG_IGN)
     except BrokenPipeError:                                          # `| head` closed the pipe
@@ -240,7 +240,7 @@ def cli(main):
     if status in (130, 143) and Run.active:
         command = shlex.join([*LAUNCHER, *(a for a in sys.argv if a != "--resume"), "--resume"])
         message = f"stopped; the last finished epoch is kept. To continue: {command}"
-    if message and (not dist.is_initialized() or join().add("messages", 1) == 1):        # one tells
+    if message and (not dist.is_initialized() or join().add("messages", 1) == 1):        # one prints it
         print(f"{CLEAR * sys.stderr.isatty()}{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     if dist.is_initialized():
         sys.stdout.flush()
@@ -575,6 +575,8 @@ def lenet(width, channels, classes, size):
     return cnn(width, channels, classes, size, convs, linear, padding, pool=2)
 
 
+# The first layer is registered first, the classifier last; layers beside a sum are called shortcut or
+# downsample, which stay float in binary_relax.py; channel_groups() says what else is expected.
 NETWORKS = {"resnet18": resnet18, "vgg16": vgg16, "wrn28_4": wrn28_4, "lenet": lenet,         # cnn_*: HYDRA's
             "cnn_small": functools.partial(cnn, convs=((16, 4, 2), (32, 4, 2)), linear=(100,)),
             "cnn_large": functools.partial(cnn, convs=((32, 3, 1), (32, 4, 2), (64, 3, 1), (64, 4, 2)),
@@ -738,7 +740,7 @@ def make_optimizer(model, lr, epochs, data, args, adam=False, undecayed=(), rise
     optimizer.register_step_pre_hook(lambda *_: average_(        # losses are means, and shares equally large
         [p.grad for group in groups for p in group["params"] if p.grad is not None]))
     steps = max(1, epochs * data.steps(args.batch_size))
-    return optimizer, torch.optim.lr_scheduler.OneCycleLR(       # 0.2 of 5 is one step, by which it divides
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(       # it divides by rise * (steps + 1) - 1
         optimizer, lr, steps + 1, cycle_momentum=False, pct_start=0.3 if rise * (steps + 1) == 1 else rise)
 
 
@@ -1166,7 +1168,9 @@ def load_pretrained(model, path, network):
 # ---------------------------------------------------------------- the run
 class Run:
     """One run's output folder: its log, its checkpoint and its result. phases: {name: epochs}, in order.
-    epochs() and compute_once() continue one: `saved` is last.pt until its phase is reached, then None."""
+    epochs() and compute_once() continue one: `saved` is last.pt until its phase is reached, then None. Until
+    then a continued run passes through main with networks that are not loaded yet: what lies between phases
+    must come from compute_once(), or stand under `if not run.saved`."""
     active = result = saved = phase = None                       # active: the run that this process is in
     where = ""                                                   # for messages: "pretrain 3/15: "
 
@@ -1203,7 +1207,8 @@ class Run:
             if changed:
                 self.log(note="continued with other flags of the evaluation", **changed)
         else:
-            print(f"nothing to continue in {self.folder}, so this begins\n" * args.resume, end="")
+            if args.resume:
+                print(f"nothing to continue in {self.folder}, so this begins")
             self.log(script=self.script, **vars(args))
 
     def check_same(self, run, state):
@@ -1307,7 +1312,8 @@ class Run:
             log_size=self.file.tell()))
 
     def batches(self):
-        """The training batches of one epoch; the time to go that a terminal shows is that of all training."""
+        """The training batches of one epoch, within epochs() only (elsewhere data.batches); the time to go
+        that a terminal shows is that of all training."""
         size, steps = self.args.batch_size, self.data.steps(self.args.batch_size)
         later = sum([*self.phases.values()][[*self.phases].index(self.phase):]) - self.epoch - 1
         return progress(self.data.batches(size, self.generator), self.where[:-2], steps, later * steps)

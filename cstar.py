@@ -14,13 +14,15 @@ weights towards that form while they train on adversarial images, so that the fi
   [E]  W <- SGD on  loss(f_W(x_adv), y) + rho/2 sum_l ||W_l - Z_l + U_l||^2
   [F]  Z <- project(W + U)          after every epoch: truncated HOSVD, --hooi N sweeps on top
   [G]  U <- U + W - Z               then: scaled dual
-  [H]  W <- project(W), factorised into 1x1 - kxk - 1x1; then fine-tuned like [A], the factors being free
+  [H]  W <- project(W), factorised into 1x1 - kxk - 1x1; batch norm's statistics are estimated anew, on
+       clean and then on attacked images; then fine-tuned like [A], the factors being free
 S, C, k: output and input channels, kernel. A 1x1 kernel or linear layer is a matrix: two factors, one rank.
 
-Sources. Of the paper only abstracts and an extract were available: global ranks, Tucker-2 projection, ratios
-2 to 64, 8/255 in steps of 2/255. [B], [E] to [H] follow the group's ADMM code (Yin et al., CVPR 2021). It has
-clean images, updates before an epoch, up to 100 HOOI sweeps, rho 1e-3, dense 1x1 shortcuts, fine-tuning at
-1/20 of the rate. Ours: [A] as put, [C], [D], rates, epochs, Nesterov, --budget macs, attacked statistics.
+Sources. Of the paper only abstracts and an extract were available: global ranks, Tucker-2 projection (its
+Algorithm 1, for its Eqn. 12; here [F]), ratios 2 to 64, 8/255 in steps of 2/255. [B], [E] to [H] follow the
+group's ADMM code (Yin et al., CVPR 2021). It has clean images, updates before an epoch, up to 100 HOOI
+sweeps, rho 1e-3, dense 1x1 shortcuts, fine-tuning at 1/20 of the rate, no new statistics in [H]. Ours: [A] as
+written, [C], [D], those statistics, rates, epochs, Nesterov, --budget macs.
 
   python cstar.py --dataset digits                     two minutes on two CPU cores, no network
   python cstar.py --arch resnet18 --ratio 16           CIFAR-10 at full width, for a GPU (not run there)
@@ -82,13 +84,13 @@ def is_matrix(w):
 
 def tucker2(w, rank, hooi=0):
     """[B] Factors of a weight (S, C, k, k) at rank (ro, ri): G (ro, ri, k, k), A (S, ro), B (C, ri); matrices
-    (S, C) at rank (r,): A (S, r), B' (r, C). Truncated HOSVD in float64, then `hooi` alternating sweeps."""
+    (S, C) at rank (r,): A (S, r), B (C, r). Truncated HOSVD in float64, then `hooi` alternating sweeps."""
     if not w.isfinite().all():
         raise Fault("a weight is not finite: training has diverged (try a lower --lr, or --amp off)")
     w = w.double()
     if is_matrix(w):
         a = leading(w.flatten(1), rank[0])
-        return a, a.T @ w.flatten(1)
+        return a, w.flatten(1).T @ a
     a, b = leading(unfold(w, 0), rank[0]), leading(unfold(w, 1), rank[1])
     for _ in range(hooi):
         a = leading(unfold(torch.einsum("scxy,ci->sixy", w, b), 0), rank[0])
@@ -97,11 +99,9 @@ def tucker2(w, rank, hooi=0):
 
 
 def project(w, rank, hooi=0):
-    """[F] w cut to that rank by truncated HOSVD: at most twice the least squared error. None: a copy."""
-    if rank is None:
-        return w.clone()
-    factors = tucker2(w, rank, hooi)
-    product = factors[0] @ factors[1] if is_matrix(w) else torch.einsum("oixy,so,ci->scxy", *factors)
+    """[F] w cut to that rank by truncated HOSVD: at most twice the least squared error."""
+    *core, a, b = tucker2(w, rank, hooi)
+    product = torch.einsum("oixy,so,ci->scxy", *core, a, b) if core else a @ b.T
     return product.view_as(w).to(w.dtype)
 
 
@@ -153,30 +153,39 @@ def budget_of(model, ratio, places=None):
     return int(total // ratio) - kept
 
 
+def full_rank(w):
+    """The rank at which the projection loses nothing: (S, C), of a matrix (min(S, C),)."""
+    return (min(w.shape[:2]),) if is_matrix(w) else tuple(w.shape[:2])
+
+
 def error_table(w):
-    """[C] Squared errors (S, C) of the projection, entry [ro - 1, ri - 1]; for a matrix (min(S, C), 1)."""
+    """[C] Squared errors of the projection at all ranks: (S, C), entry [ro - 1, ri - 1]; of a matrix
+    (min(S, C),)."""
     w = w.double()
     if is_matrix(w):
-        energy = torch.linalg.svdvals(w.flatten(1)).square()[:, None]
+        energy = torch.linalg.svdvals(w.flatten(1)).square()
     else:
-        energy = tucker2(w, w.shape[:2])[0].square().sum((2, 3))
-    return (energy.sum() - energy.cumsum(0).cumsum(1)).clamp_min(0)
+        energy = tucker2(w, full_rank(w))[0].square().sum((2, 3))
+    kept = energy
+    for mode in range(energy.dim()):
+        kept = kept.cumsum(mode)
+    return (energy.sum() - kept).clamp_min(0)
 
 
 def chain(w, least, places=(1, 1)):
     """Nested states (cost, relative error, rank) of a layer, from the ranks `least` to dense. Built from full
     rank down: the rank that goes down by one is the one that loses less energy for what that saves."""
-    table = (error_table(w) / w.double().square().sum().clamp_min(1e-300)).tolist()
-    pair, dense = (len(table), len(table[0])), (cost(w.shape, None, places), 0.0, None)
+    table = (error_table(w) / w.double().square().sum().clamp_min(1e-300)).numpy()
+    error = lambda rank: float(table[tuple(r - 1 for r in rank)])
+    rank, dense = full_rank(w), (cost(w.shape, None, places), 0.0, None)
     states = [dense]
-    while pair:
-        size, error = cost(w.shape, pair, places), table[pair[0] - 1][pair[1] - 1]
-        states += [(size, error, pair)] if size < dense[0] else []
+    while rank:
+        size = cost(w.shape, rank, places)
+        states += [(size, error(rank), rank)] if size < dense[0] else []
         def loss_per_cost(below):
-            return (table[below[0] - 1][below[1] - 1] - error) / (size - cost(w.shape, below, places))
-        smaller = [p for p in ((pair[0] - 1, pair[1]), (pair[0], pair[1] - 1))
-                   if p[0] >= least[0] and p[1] >= least[1]]
-        pair = min(smaller, key=loss_per_cost, default=None)
+            return (error(below) - error(rank)) / (size - cost(w.shape, below, places))
+        smaller = [(*rank[:mode], r - 1, *rank[mode + 1:]) for mode, r in enumerate(rank) if r > least[mode]]
+        rank = min(smaller, key=loss_per_cost, default=None)
     return states[::-1]
 
 
@@ -195,34 +204,32 @@ def hull_segments(states):
 
 
 def rank_path(weights, places, floor):
-    """[D] Yields (name, (ro, ri) or None), step by step from ranks 1 everywhere to dense: all ranks rise
-    together to the fraction `floor` of full ones, then hull segments come in order of gain for their cost."""
-    full = {name: (min(w.shape[:2]), 1) if is_matrix(w) else w.shape[:2] for name, w in weights.items()}
-    least = {name: [math.ceil(floor * n) for n in pair] for name, pair in full.items()}
-    pairs = {name: [1, 1] for name in weights}
-    for _, name, mode, rank in sorted((rank / n, name, mode, rank) for name, pair in full.items()
-                                      for mode, n in enumerate(pair)
-                                      for rank in range(2, least[name][mode] + 1)):
-        pairs[name][mode] = rank
-        yield name, tuple(pairs[name])
+    """[D] Yields (name, rank or None), step by step from ranks 1 everywhere to dense: all ranks rise together
+    to the fraction `floor` of full ones, then hull segments come in order of gain for their cost."""
+    full = {name: full_rank(w) for name, w in weights.items()}
+    least = {name: [math.ceil(floor * n) for n in rank] for name, rank in full.items()}
+    ranks = {name: [1] * len(rank) for name, rank in full.items()}
+    for _, name, mode, r in sorted((r / n, name, mode, r) for name, rank in full.items()
+                                   for mode, n in enumerate(rank) for r in range(2, least[name][mode] + 1)):
+        ranks[name][mode] = r
+        yield name, tuple(ranks[name])
     for _, name, segment in sorted((slope, name, segment) for name, w in weights.items() for slope, segment
                                    in hull_segments(chain(w, least[name], places[name]))):
-        yield from ((name, pair) for _, _, pair in segment)
+        yield from ((name, rank) for _, _, rank in segment)
 
 
 def choose_ranks(weights, budget, rule="hull", places=None):
     """[D] Ranks (ro, ri), (r,) or None (dense) for weights {name: (S, C, ...)}: rank_path() as far as the
-    budget goes, so that no rank grows with the ratio. By the rule uniform, all of the path is the rise."""
+    budget goes, so that no rank grows with the ratio. By the rule uniform all of it is the rise."""
     places = places or dict.fromkeys(weights, (1, 1))
-    def state(name, pair):
+    def state(name, rank):
         """(cost, rank), dense where that costs no more."""
-        shape, rank = weights[name].shape, pair and pair[:1] if is_matrix(weights[name]) else pair
-        size, dense = cost(shape, rank, places[name]), cost(shape, None, places[name])
+        size, dense = (cost(weights[name].shape, r, places[name]) for r in (rank, None))
         return (size, rank) if size < dense else (dense, None)
-    states = {name: state(name, (1, 1)) for name in weights}
+    states = {name: state(name, (1,) * len(full_rank(w))) for name, w in weights.items()}
     spare = budget - sum(size for size, _ in states.values())
-    for name, pair in rank_path(weights, places, 1.0 if rule == "uniform" else FLOOR):
-        step = state(name, pair)
+    for name, rank in rank_path(weights, places, 1.0 if rule == "uniform" else FLOOR):
+        step = state(name, rank)
         spare -= step[0] - states[name][0]
         if spare < 0:
             break
@@ -284,9 +291,9 @@ def factorise_(model, ranks, hooi=0):
             continue
         layer = model.get_submodule(name)
         thin, w = factor_layer(layer, rank).to(layer.weight), layer.weight
-        *core, a, b = by_rank_0(lambda: [f.cpu() for f in tucker2(w, rank, hooi)])      # signs may differ
-        factors = (b.T, *core, a) if core else (b, a)
-        for part, factor in zip(thin, factors):
+        # Processes could find other signs of the eigenvectors: those of the first one are taken.
+        *core, a, b = by_rank_0(lambda: [f.cpu() for f in tucker2(w, rank, hooi)])
+        for part, factor in zip(thin, (b.T, *core, a)):
             part.weight.copy_(factor.reshape(part.weight.shape))
         if layer.bias is not None:
             thin[-1].bias.copy_(layer.bias)
@@ -385,10 +392,11 @@ def main(argv=None):
 
     # Phase 3: the cut, and fine-tuning of the factors.
     model = prepare(factorise_(model, ranks, args.hooi), args)       # [H]
-    if not run.saved:                                                # else last.pt holds them
+    if not run.saved:                                                # else last.pt has the statistics
         count = min(200, data.steps(args.batch_size))
         reestimate_batchnorm_(model, data.batches(args.batch_size, run.generator), count)
-        source = prepare(copy.deepcopy(model.cpu()), args).eval()    # is attacked for what training sees
+        # A copy with these statistics is attacked while the model's become those of attacked images.
+        source = prepare(copy.deepcopy(model.cpu()), args).eval()
         model.to(args.device)
         reestimate_batchnorm_(model, ((pgd(source, x, y, args.epsilon, args.step_size, args.num_steps), y)
                                       for x, y in data.batches(args.batch_size, run.generator)), count)

@@ -8,8 +8,9 @@ whatever the objective; HYDRA lets the objective decide, by training importance 
 
   [A]  pre-train  min_w E L(w; x, y);  L, the same in all phases, is [F], [J], [K], [L], natural: CE(f(x), y),
        or pgd: CE(f(x_adv), y), where x_adv maximises that
-  [B]  m(s) = 1 for the ceil(n / ratio) largest |s| of a layer's n weights, else 0
-  [C]  s = sqrt(6 / fan_in) w / max |w|           first scores: m(s) then prunes the lowest magnitudes (LWM)
+  [B]  m(s) = 1 for the ceil(n / ratio) largest |s| of a layer's n weights, else 0;  HYDRA's k is 1 / ratio
+  [C]  s = sqrt(6 / fan_in) w / max |w|     HYDRA's scaled initialization: m(s) then prunes the lowest
+                                                  magnitudes (LWM)
   [D]  prune      min_s E L(w * m(s); x, y)  w fixed, batch norms not;  dL/ds := sign(s) w dL/d(w m)
   [E]  fine-tune  min_w E L(w * m; x, y)          m fixed
   [F]  trades     CE(f(x), y) + beta KL(p(x) || p(x_adv)),  x_adv maximises that KL
@@ -24,11 +25,12 @@ whatever the objective; HYDRA lets the objective decide, by training importance 
 Sources. Neither text was available: the procedure is from the abstracts, [B] to [F] and [J] to [L] from
 HYDRA's code, which prunes all layers, the classifier too, and whose adversarial objective is [F]; its [J]
 ends at share 0, pure [G]. [F] is Zhang et al. 2019 (TRADES), [H], [J] Zhang et al. 2020, [I], [K] Wang et al.
-2018 (MixTrain), [L] Carmon et al. 2019, with its certificate (Cohen et al. 2019) in tools/evaluate.py. LWM as
-the first paper's, there in steps, is a survey's word (2409.01249); its verifiable objective is not known.
+2018 (MixTrain), [L] Carmon et al. 2019, with its certificate (Cohen et al. 2019) in tools/evaluate.py. That
+the first paper prunes by LWM, in steps, says a survey (2409.01249); its verifiable objective is not known.
 Ours: the default pgd, Nesterov's momentum, boxes clamped to [0, 1], schedules (in [K] too the radius grows by
-steps), the best of all bounds, no weight decay on s, [D]'s epochs added to LWM's fine-tuning, and --scheme
-filter: one score each; m is on its batch norm, fixed as w is, and 0.001 for 0 in [D], for ReLU's gradient.
+steps), the best of all bounds, no weight decay on s, [D]'s epochs added to LWM's fine-tuning, torch's initial
+values of w, and --scheme filter: one score each; m is on its batch norm, fixed as w is, and 0.001 for 0 in
+[D], for ReLU's gradient.
 
   python hydra_prune.py --dataset digits               two minutes on two CPU cores, no network
   python hydra_prune.py --arch vgg16 --ratio 10        CIFAR-10, for a GPU; the first paper: --scores lwm
@@ -101,12 +103,19 @@ def get_args(argv=None):
     if args.objective not in ("pgd", "trades"):
         args.step_size = args.num_steps = None                       # nothing reads them
     args.momentum = None if args.objective in BOUNDED else args.momentum
-    if not args.finetune_epochs + args.prune_epochs * (args.scores == "lwm"):
+    if not phases_of(args)["finetune"]:
         parser.refuse(args, "without epochs of fine-tuning", "finetune_lr")
-    if args.scores == "lwm" or not args.prune_epochs:
+    if not phases_of(args)["prune"]:
         parser.refuse(args, "without epochs of training scores", "prune_lr")
     args.prune_lr, args.finetune_lr = args.prune_lr or args.lr, args.finetune_lr or args.lr
     return args
+
+
+def phases_of(args):
+    """{phase: epochs}; those of scores go to fine-tuning where no scores are trained."""
+    prune = args.prune_epochs if args.scores == "hydra" else 0
+    return dict(pretrain=args.pretrain_epochs, prune=prune,
+                finetune=args.finetune_epochs + args.prune_epochs - prune)
 
 
 # ---------------------------------------------------------------- scores and masks
@@ -119,15 +128,19 @@ def prunable(model, scheme):
 
 def first_score(w, scheme):
     """[C] sqrt(6 / fan_in) w / max |w|, like w (S, C, ...); of filters (S,) their norms over the largest."""
-    norms, factor = (w.flatten(1).norm(dim=1), 1) if scheme == "filter" else (w, math.sqrt(6 / w[0].numel()))
-    return factor * norms / norms.abs().max().clamp_min(torch.finfo(w.dtype).tiny)
+    s, factor = (w.flatten(1).norm(dim=1), 1) if scheme == "filter" else (w, math.sqrt(6 / w[0].numel()))
+    return factor * s / s.abs().max().clamp_min(torch.finfo(w.dtype).tiny)
 
 
-def choose_mask(s, ratio, like=None):
-    """[B] Boolean like s, or of filters (S,) like `like` (S, ...): True for exactly ceil(n / ratio) of the n
-    entries of s, those of largest |s|, the first among equals."""
-    mask, shape = topk_mask(s.detach().abs().flatten(), ratio), s.shape if like is None else like.shape
-    return mask.view(*s.shape, *[1] * (len(shape) - s.dim())).expand(shape)
+def choose_mask(s, ratio):
+    """[B] Boolean like s, True for exactly ceil(n / ratio) of its n entries: those of largest |s|, the first
+    among equals."""
+    return topk_mask(s.detach().abs().flatten(), ratio).view(s.shape)
+
+
+def spread(mask, like):
+    """A mask of single weights as it is, one of filters (S,) in the shape of `like` (S, ...)."""
+    return mask.view(*mask.shape, *[1] * (like.dim() - mask.dim())).expand(like.shape)
 
 
 class Scores(nn.Module):
@@ -137,40 +150,40 @@ class Scores(nn.Module):
     PRUNED_FACTOR = {"irregular": 0.0, "filter": 0.001}
     def __init__(self, model, scheme, ratio):
         super().__init__()
-        self.scheme, self.ratio, self.layers, self.masked = scheme, ratio, prunable(model, scheme), []
+        self.scheme, self.ratio, self.layers, self.carriers = scheme, ratio, prunable(model, scheme), []
         groups = channel_groups(model) if scheme == "filter" else ()
         norms = {name: norm for writers, _, _ in groups for name, norm in writers.items()}
         self.s = nn.ParameterList(first_score(m.weight.detach(), scheme) for m in self.layers.values())
         for i, (name, layer) in enumerate(self.layers.items()):
             last = layer if scheme == "irregular" or not norms[name] else model.get_submodule(norms[name])
             own = [last.weight] if scheme == "irregular" or last.bias is None else [last.weight, last.bias]
-            self.masked.append([(p, f"w{i}_{j}") for j, p in enumerate(own)])
-            for p, buffer in self.masked[i]:
+            self.carriers.append([(p, f"w{i}_{j}") for j, p in enumerate(own)])      # what m multiplies
+            for p, buffer in self.carriers[i]:
                 self.register_buffer(buffer, p.detach().clone())
 
     def masks(self):
         """{layer: boolean like its weight}; Fault if a score is not finite."""
         if not all(s.isfinite().all() for s in self.s):
             raise Fault("a score is not finite: training has diverged (try a lower --prune-lr, or --amp off)")
-        weights = {name: layer.weight for name, layer in self.layers.items()}
-        return {name: choose_mask(s, self.ratio, w) for s, (name, w) in zip(self.s, weights.items())}
+        return {name: spread(choose_mask(s, self.ratio), layer.weight)
+                for s, (name, layer) in zip(self.s, self.layers.items())}
 
     @torch.no_grad()
     def mask_weights_(self):
         """[B] Sets what the network holds to w * m(s)."""
-        for s, masked in zip(self.s, self.masked):
+        for s, carriers in zip(self.s, self.carriers):
             mask = choose_mask(s, self.ratio)
-            for p, buffer in masked:
-                w, kept = getattr(self, buffer), mask.view(*mask.shape, *[1] * (p.dim() - mask.dim()))
-                p.copy_(torch.where(kept, w, self.PRUNED_FACTOR[self.scheme] * w))
+            for p, buffer in carriers:
+                w = getattr(self, buffer)
+                p.copy_(torch.where(spread(mask, p), w, self.PRUNED_FACTOR[self.scheme] * w))
 
     @torch.no_grad()
     def collect_gradients_(self):
         """[D] dL/ds = sign(s) w dL/d(w m), of the pruned too, from the gradients that the network got; of a
         filter, whose entries have one m, their sum."""
-        for s, masked in zip(self.s, self.masked):
+        for s, carriers in zip(self.s, self.carriers):
             s.grad = torch.zeros_like(s)
-            for p, buffer in masked:
+            for p, buffer in carriers:
                 each = getattr(self, buffer) * p.grad
                 s.grad += s.sign() * (each if s.shape == p.shape else each.flatten(1).sum(1))
                 p.grad = None
@@ -201,8 +214,10 @@ def interval_boxes(layers, x, epsilon):
     for layer in layers[:-1]:
         lower, upper = boxes[-1]
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            center, p = layer((lower + upper) / 2), dict(layer.named_parameters())
-            r = functional_call(layer, {k: p[k].abs() * (k == "weight") for k in p}, (upper - lower) / 2)
+            center = layer((lower + upper) / 2)
+            absolute = {name: p.abs() if name == "weight" else torch.zeros_like(p)
+                        for name, p in layer.named_parameters()}
+            r = functional_call(layer, absolute, (upper - lower) / 2)
             boxes.append((center - r, center + r))
         else:                                                        # ReLU, perhaps in place, and Flatten
             monotone = F.relu if isinstance(layer, nn.ReLU) else layer
@@ -223,7 +238,8 @@ def linear_bounds(layers, boxes, a, d, slope):
     is larger ("half"), 0 ("zero", never below [G]), or [I] the line's ("line": upper bounds come second)."""
     gap = 0                                                          # from lower to upper bounds
     for layer, (lower, upper) in reversed([*zip(layers, boxes)]):
-        d = d + a.flatten(2) @ layer(torch.zeros_like(lower[:1])).flatten()              # its bias
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            d = d + a.flatten(2) @ layer(torch.zeros_like(lower[:1])).flatten()          # its bias
         if isinstance(layer, nn.Flatten):
             a = a.unflatten(2, lower.shape[1:])
         elif isinstance(layer, nn.Linear):
@@ -279,9 +295,10 @@ def verify(model, images, epsilon, robust):
         layers = plain_layers(exact)
     except Fault:
         return {}
-    verified, size = torch.zeros_like(robust), max(1, 500 // layers[-1].out_features)    # [H]: all classes
+    verified, many = torch.zeros_like(robust), max(1, 500 // layers[-1].out_features)    # [H]: all classes
     with evaluating(exact):
-        for bound, among, size in ((cheap_margins, ~verified, size), (symbolic_margins, robust, 8)):
+        for bound, among, size in ((cheap_margins, torch.ones_like(robust), many),
+                                   (symbolic_margins, robust, 8)):
             left = (among & ~verified).nonzero()[:, 0]
             parts = left.split(size)[rank()::world()] if len(left) else ()           # this process's share
             for part in progress(parts, "bounds", len(parts)):
@@ -296,9 +313,10 @@ def verify(model, images, epsilon, robust):
 
 # ---------------------------------------------------------------- training
 
-def kl(logits, to):
-    """KL(p || q) (N,) of p = softmax(to), q = softmax(logits)."""
-    return F.kl_div(F.log_softmax(logits, 1), F.log_softmax(to, 1), reduction="none", log_target=True).sum(1)
+def kl(p_logits, q_logits):
+    """KL(p || q) (N,) of the softmax p and q of logits (N, K)."""
+    log_p, log_q = F.log_softmax(p_logits, 1), F.log_softmax(q_logits, 1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
 
 
 def objective(model, x, y, args, strength, mix=0.1):
@@ -327,7 +345,7 @@ def objective(model, x, y, args, strength, mix=0.1):
     elif args.objective == "trades":
         clean = model(x).float().detach()
         x_near = pgd(model, x, y, epsilon, strength * args.step_size, args.num_steps,
-                     start=x + 0.001 * torch.randn_like(x), loss=lambda logits, _: kl(logits, clean))    # [F]
+                     start=x + 0.001 * torch.randn_like(x), loss=lambda logits, _: kl(clean, logits))    # [F]
     elif args.objective == "smooth":
         x_near = x + args.sigma * torch.randn_like(x)                                # [L], not clamped
     model.train()
@@ -335,14 +353,14 @@ def objective(model, x, y, args, strength, mix=0.1):
         logits = model(x_near).float()
         return F.cross_entropy(logits, y), logits
     logits, near = model(x).float(), model(x_near).float()
-    return F.cross_entropy(logits, y) + args.beta * kl(near, logits).mean(), near    # [F], [L]
+    return F.cross_entropy(logits, y) + args.beta * kl(logits, near).mean(), near    # [F], [L]
 
 
 def train_epoch(model, batches, optimizer, schedule, args, scores=None, masks=None,
-                strength_at=lambda i: 1.0, epochs=0):
+                strength_at=lambda i: 1.0, t=0):
     """One epoch of [A]; with scores of [D], with masks of [E]; strength_at(i) is the objective's strength in
-    batch i, epochs is t of [K]. Returns what is logged: mean loss, per cent right (by [J]: proven to be)."""
-    mix = min(50.0, 0.1 * 2.5 ** min(7, max(epochs, 0) // 5))                        # [K]; 2.5^7 / 10 > 50
+    batch i, t that of [K]. Returns what is logged: mean loss, per cent right (by [J]: proven to be)."""
+    mix = min(50.0, 0.1 * 2.5 ** min(7, max(t, 0) // 5))             # [K]; beyond 2.5^7 it is 50 anyway
     total = right = n = 0
     for step, (x, y) in enumerate(batches):
         with autocast(args):
@@ -384,9 +402,7 @@ def main(argv=None):
     model = build_network(**network)
     if args.pretrained:
         load_pretrained(model, args.pretrained, network)
-    phases = dict(pretrain=args.pretrain_epochs, prune=args.prune_epochs, finetune=args.finetune_epochs)
-    if args.scores == "lwm":
-        phases |= dict(prune=0, finetune=args.finetune_epochs + args.prune_epochs)
+    phases = phases_of(args)
     run = Run(args, data, __file__, phases, argv)
     if run.result:
         return run.result
@@ -395,7 +411,7 @@ def main(argv=None):
     # Phase 1: a dense robust network; the radius grows in its first epochs, step by step.
     optimizer, schedule = optimizer_of(model, args.lr, phases["pretrain"], data, args)
     for epoch in run.epochs("pretrain", model=model, optimizer=optimizer, schedule=schedule):
-        fields = train_epoch(model, run.batches(), optimizer, schedule, args, epochs=epoch - args.ramp_epochs,
+        fields = train_epoch(model, run.batches(), optimizer, schedule, args, t=epoch - args.ramp_epochs,
                              strength_at=lambda i: ramp(epoch * steps + i, args.ramp_epochs * steps))
         run.log(epoch=epoch + 1, **fields)
     dense = run.folder / "dense.pt"
@@ -413,7 +429,7 @@ def main(argv=None):
         moved = [(mask.cpu() ^ lowest[name]).sum() for name, mask in scores.masks().items()]
         return 100 * float(sum(moved)) / sum(mask.numel() for mask in lowest.values())
     for epoch in run.epochs("prune", model=model, optimizer=optimizer, schedule=schedule, scores=scores):
-        fields = train_epoch(model, run.batches(), optimizer, schedule, args, scores, epochs=epoch)
+        fields = train_epoch(model, run.batches(), optimizer, schedule, args, scores, t=epoch)
         run.log(epoch=epoch + 1, **fields, mask_changed=mask_changed())
     changed = run.compute_once("changed", mask_changed, float)
 
@@ -429,10 +445,10 @@ def main(argv=None):
     model, masks = prepare(model, args), {name: mask for name, mask in masks.items() if not mask.all()}
     optimizer, schedule = optimizer_of(model, args.finetune_lr, phases["finetune"], data, args)
     for epoch in run.epochs("finetune", model=model, optimizer=optimizer, schedule=schedule):
-        fields = train_epoch(model, run.batches(), optimizer, schedule, args, masks=masks, epochs=epoch)
+        fields = train_epoch(model, run.batches(), optimizer, schedule, args, masks=masks, t=epoch)
         run.log(epoch=epoch + 1, **fields)
     save_model(run.folder / "model.pt", run.script, "compact", network, model, args)
-    result = run.finish(lambda network, robust: verify(network, data.test, args.epsilon, robust), kept=kept,
+    result = run.finish(lambda model, robust: verify(model, data.test, args.epsilon, robust), kept=kept,
                         mask_changed=changed)
     if args.objective == "smooth":
         print(f"certify it by: python tools/evaluate.py {run.folder}/model.pt --smoothing {args.sigma:g}")
