@@ -32,7 +32,7 @@ is the one-shot cut, faded in; results/README.md has a rho that grows. Why [H]: 
 shrinking of a whole filter, so that pulling its weights alone prepares no cut. The authors' code does just
 that, and the batch norm's shift lives on: its pruned filters still give constants.
 
-  python admm_prune.py --dataset digits                two minutes on two CPU cores, no network
+  python admm_prune.py --dataset digits                one or two minutes of a CPU core, no network
   python admm_prune.py --arch resnet18 --target-width 4                 CIFAR-10, 16 -> 4, for a GPU
   python admm_prune.py --arch resnet18 --target-width 4 --pretrain-epochs 300 --admm-epochs 270
       --admm-interval 9 --finetune-epochs 300 --batch-size 128 --rho 1e-3

@@ -24,7 +24,7 @@ group's ADMM code (Yin et al., CVPR 2021). It has clean images, updates before a
 sweeps, rho 1e-3, dense 1x1 shortcuts, fine-tuning at 1/20 of the rate, no new statistics in [H]. Ours: [A] as
 written, [C], [D], those statistics, rates, epochs, Nesterov, --budget macs.
 
-  python cstar.py --dataset digits                     two minutes on two CPU cores, no network
+  python cstar.py --dataset digits                     one or two minutes of a CPU core, no network
   python cstar.py --arch resnet18 --ratio 16           CIFAR-10 at full width, for a GPU (not run there)
 The second with one attack step and 10 + 3 + 5 epochs took 153 minutes and 5.6 GB on two CPU cores: clean /
 robust % of the dense 44.7 MB 76.0 / 38.3, of 2.8 MB 74.9 / 37.5 (results/README.md). By its abstract the

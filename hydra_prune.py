@@ -32,7 +32,7 @@ steps), the best of all bounds, no weight decay on s, [D]'s epochs added to LWM'
 values of w, and --scheme filter: one score each; m is on its batch norm, fixed as w is, and 0.001 for 0 in
 [D], for ReLU's gradient.
 
-  python hydra_prune.py --dataset digits               two minutes on two CPU cores, no network
+  python hydra_prune.py --dataset digits               one or two minutes of a CPU core, no network
   python hydra_prune.py --arch vgg16 --ratio 10        CIFAR-10, for a GPU; the first paper: --scores lwm
   python hydra_prune.py --arch wrn28_4 --objective trades --pretrain-epochs 100 --prune-epochs 20
       --finetune-epochs 100 --finetune-lr 0.01 --lr 0.1 --batch-size 128 --weight-decay 1e-4    HYDRA's length

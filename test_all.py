@@ -1180,7 +1180,7 @@ def test_hydra_losses_of_bounds_are_their_formulas_and_reach_the_weights(digits)
 
 def test_hydra_weight_of_mixtrain_grows_at_the_full_radius_and_scores_have_no_decay(tmp_path, monkeypatch):
     def spy(model, batches, optimizer, *rest, **more):
-        epochs.append(more["epochs"])
+        epochs.append(more["t"])
         groups.append([(len(g["params"]), g["weight_decay"]) for g in optimizer.param_groups])
         return train_epoch(model, batches, optimizer, *rest, **more)
     epochs, groups, weights, train_epoch = [], [], [], hydra_prune.train_epoch
