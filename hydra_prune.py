@@ -202,7 +202,8 @@ def plain_layers(model):
     if not isinstance(layers[-1], nn.Linear):
         raise Fault("no bounds are known for a network that does not end in a linear layer")
     if hasattr(model, "mean"):                                       # the normalisation, as a layer
-        first = nn.Conv2d(len(model.mean), len(model.mean), 1, groups=len(model.mean)).to(model.mean)
+        first = nn.Conv2d(len(model.mean), len(model.mean), 1, groups=len(model.mean),
+                          device=model.mean.device, dtype=model.mean.dtype)
         first.weight.data, first.bias.data = 1 / model.std[:, None], (-model.mean / model.std).flatten()
         layers = [first.requires_grad_(False), *layers]
     return layers

@@ -1622,7 +1622,7 @@ def test_a_forked_script_in_another_folder_makes_files_of_its_own(tmp_path):
     run = spawn("mine.py", *TINY, "--finetune-epochs", "0", "--output", "there", cwd=tmp_path)
     assert run.wait(180) == 0, run.stderr.read()
     (tmp_path / "elsewhere").mkdir()
-    command = ["../tools/evaluate.py", "../there/model.pt", "--eval-images", 40]
+    command = ["../tools/evaluate.py", "../there/model.pt", "--eval-images", 40, "--device", "cpu"]
     again = json.loads(spawn(*command, cwd=tmp_path / "elsewhere").communicate(timeout=180)[0])
     result = json.loads((tmp_path / "there/result.json").read_text())
     shared = ("script", "clean_acc", "robust_acc", "attack")
@@ -2234,14 +2234,16 @@ def test_two_processes_say_what_ended_them_once(tmp_path):
     assert stop.value.exit_code == 2 and os.listdir(tmp_path) == ["errors"]
     errors, script = (tmp_path / "errors").read_text(), tmp_path / "cstar.py"
     assert re.fullmatch("cstar.py: argument --batch-size: 31 is not 2 .*\n", errors)
-    script.write_text(f"import os, sys; sys.path[0] = {str(HERE)!r}; import common, cstar\n"
-        "if os.environ['RANK'] == '1': cstar.train_epoch = lambda *_, **more: os.kill(os.getpid(), 9)\n"
-        "common.cli(cstar.main)")
-    run = spawn("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *TINY,
-                "--pretrain-epochs", "500", "--output", tmp_path / "run")
-    said, = re.findall("^cstar.py: (.*)", run.communicate(timeout=60)[1], re.M)
-    assert re.match("pretrain 1/500: another pro|stopped; .*torchrun --nproc.*--resume", said)
-    assert run.returncode == 1
+    for end in ("os.kill(os.getpid(), 9)", "1 / 0"):             # and a tidy end would never come
+        script.write_text(f"import atexit, os, sys, time; sys.path[0] = {str(HERE)!r}; import common, cstar\n"
+            f"if os.environ['RANK'] == '1': cstar.train_epoch = lambda *_, **more: {end}\n"
+            "atexit.register(time.sleep, 999)\ncommon.cli(cstar.main)")
+        run = spawn("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *TINY,
+                    "--pretrain-epochs", "500", "--output", tmp_path / end[0])
+        errors = run.communicate(timeout=90)[1]
+        said, = re.findall("^cstar.py: (.*)", errors, re.M)
+        assert re.match("pretrain 1/500: another pro|stopped; .*torchrun --nproc.*--resume", said)
+        assert run.returncode == 1 and errors.count("\nZeroDivisionError: ") == (end == "1 / 0")
 
 
 # ---------------------------------------------------------------- photos, and networks that others trained
