@@ -1974,7 +1974,9 @@ def test_compare_names_rows_as_a_person_does(finished, tmp_path, capsys, monkeyp
         f"{same}, loss=margin, {rate}, width=1", f"dense, {rate}, width=1", "dense, momentum=0.5, width=2"}
     write_run("third", result, args=dict(admm_lr=0.7))
     assert labels("run0", "third") == {"dense", *(f"{same}, admm_lr={lr:g}" for lr in (0.7, args["admm_lr"]))}
-    write_run("third", result, args=dict(ratio=9.0), dense=dict(clean_acc=1.0))      # not two seeds of one
+    write_run("third", result, args=dict(seed=9), device="NVIDIA H100")              # not two seeds of one
+    assert labels("run0", "third") == {"dense", f"{same}, device=cpu", f"{same}, device=NVIDIA H100"}
+    write_run("third", result, args=dict(ratio=9.0), dense=dict(clean_acc=1.0))
     assert labels("run0", "third") == {same, "low rank, 9x, ADMM", "dense", "dense, of third"}
 
 
