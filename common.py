@@ -565,7 +565,7 @@ def cnn(width, channels, classes, size, convs, linear, padding=1, pool=1):
     layers, (h, w) = [], size
     for c, kernel, stride in convs:
         layers += [nn.Conv2d(channels, -(-c * width // 16), kernel, stride, padding), nn.ReLU()]
-        layers += [nn.MaxPool2d(pool)] * (pool > 1)
+        layers += [nn.MaxPool2d(pool)] if pool > 1 else []
         h, w = (((n + 2 * padding - kernel) // stride + 1) // pool for n in (h, w))
         channels = -(-c * width // 16)
     layers, units = [*layers, nn.Flatten()], channels * h * w

@@ -9,7 +9,7 @@ whatever the objective; HYDRA lets the objective decide, by training importance 
   [A]  pre-train  min_w E L(w; x, y);  L, the same in all phases, is [F], [J], [K], [L], natural: CE(f(x), y),
        or pgd: CE(f(x_adv), y), where x_adv maximises that
   [B]  m(s) = 1 for the ceil(n / ratio) largest |s| of a layer's n weights, else 0;  HYDRA's k is 1 / ratio
-  [C]  s = sqrt(6 / fan_in) w / max |w|     HYDRA's scaled initialization: m(s) then prunes the lowest
+  [C]  s = sqrt(6 / fan_in) w / max |w|           HYDRA's scaled initialization; m(s) of it prunes the lowest
                                                   magnitudes (LWM)
   [D]  prune      min_s E L(w * m(s); x, y)  w fixed, batch norms not;  dL/ds := sign(s) w dL/d(w m)
   [E]  fine-tune  min_w E L(w * m; x, y)          m fixed
