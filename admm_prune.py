@@ -68,7 +68,8 @@ def get_args(argv=None):
     paper.add_argument("--admm-interval", type=whole(1, 10000), help="epochs per ADMM iteration (default: 1)")
     paper.add_argument("--admm-lr", type=rate, help="peak learning rate (default: half of --lr)")
     paper.add_argument("--finetune-lr", type=rate, help="of fine-tuning (default: --lr)")
-    paper.add_argument("--rho", type=number(1e-9, 1000), help="default: 3 (1 - momentum) / (admm_lr * steps)")
+    paper.add_argument("--rho", type=number(1e-9, 1000),
+                       help="default: min(1, 3 (1 - momentum) / steps) / admm_lr, steps of an interval")
     paper.add_argument("--rho-growth", type=number(1, 100), help="factor at every update (default: 1)")
     paper.add_argument("--rho-max", type=number(1e-9, 1000), help="where the growth ends (default: 10)")
     args = resolve(parser, parser.parse_args(argv), longest_ramp=lambda args: phases_of(args)[
@@ -118,7 +119,7 @@ def first_rho(args, data):
     """[D] --rho, or what lets three time constants (1 - momentum) / (lr rho), in which W follows Z - U at the
     peak rate, fit the interval of updates; UsageFault where --rho-growth has no room below --rho-max."""
     steps = args.admm_interval * data.steps(args.batch_size)
-    rho = args.rho or 3 * (1 - args.momentum) / (args.admm_lr * steps)
+    rho = args.rho or min(1, 3 * (1 - args.momentum) / steps) / args.admm_lr     # larger, W would overshoot
     if args.rho_growth > 1 and rho >= args.rho_max:
         raise UsageFault(f"argument --rho-growth: rho begins at {rho:.3g}; --rho-max is {args.rho_max:g}")
     return rho

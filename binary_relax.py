@@ -65,12 +65,14 @@ def get_args(argv=None):
     parser.set_defaults(eval_steps=None)                             # with noise fewer: see below
     paper = parser.add_argument_group("Binary-Relax, EnResNet and the trade-off loss")
     paper.add_argument("--eot", type=whole(1, 1000), help="evaluation's passes a gradient (default: 10)")
-    paper.add_argument("--bits", type=int, choices=(1, 2, 4, 32), default=2, help="per weight; 32 is float")
+    paper.add_argument("--bits", type=int, choices=(1, 2, 4, 32), default=2,
+                       help="per weight; 32 is float (default: 2)")
     paper.add_argument("--method", choices=("br", "bc"), default="br", help="bc, BinaryConnect: w = q always")
     paper.add_argument("--relax-epochs", type=whole(0, 10000), help="before the switch to quantised weights")
     paper.add_argument("--relax-lr", type=rate, help="peak of both later phases (default: --lr / 2)")
-    paper.add_argument("--adv-weight", type=number(0, 1000), default=8.0, help="of adversarial images")
-    paper.add_argument("--nat-weight", type=number(0, 1000), default=1.0, help="of clean images")
+    paper.add_argument("--adv-weight", type=number(0, 1000), default=8.0,
+                       help="of adversarial images (default: 8)")
+    paper.add_argument("--nat-weight", type=number(0, 1000), default=1.0, help="of clean ones (default: 1)")
     paper.add_argument("--depth", type=whole(8, 1202), help="6 b + 2 layers of an enresnet (default: 20)")
     paper.add_argument("--members", type=whole(1, 100), help="networks in an enresnet (default: 1)")
     paper.add_argument("--noise", type=number(0, 10), help="a of an enresnet (default: 0.1)")
@@ -95,6 +97,8 @@ def get_args(argv=None):
         parser.error("argument --method: bc has no meaning for --bits 32, float weights")
     if args.eot and not args.noise:
         parser.error("argument --eot: is for networks with --noise")
+    if not args.adv_weight:
+        args.step_size = args.num_steps = None                       # nothing reads them
     args.eval_steps = args.eval_steps or (20 if args.noise else 50)
     args.eot = args.eot or (10 if args.noise else None)
     return args

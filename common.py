@@ -3,7 +3,7 @@ and is never run. A network takes images in [0, 1], (N, C, H, W), and gives logi
 import argparse
 import contextlib
 import functools
-import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -139,9 +139,11 @@ def script_parser(doc, script, phase, networks=(), adapt=lambda recipe: {}):
     attack.add_argument("--step-size", type=radius)
     attack.add_argument("--num-steps", type=whole(0, 10000), help="PGD steps in training")
     attack.add_argument("--ramp-epochs", type=whole(0, 10000), help="first epochs, in which the radius grows")
-    attack.add_argument("--eval-steps", type=whole(1, 10000), default=50, help="PGD steps in evaluation")
+    attack.add_argument("--eval-steps", type=whole(1, 10000), default=50,
+                        help="PGD steps in evaluation (default: 50; with noise 20)")
     attack.add_argument("--eval-step-size", type=radius, help="the first one (default: epsilon)")
-    attack.add_argument("--restarts", type=whole(1, 1000), default=4, help="in evaluation, losses in turn")
+    attack.add_argument("--restarts", type=whole(1, 1000), default=4,
+                        help="in evaluation, losses in turn (default: 4)")
     return parser
 
 
@@ -239,7 +241,7 @@ def cli(main):
         status, of_memory = 1, re.search("of mem|ate mem|ALLOC_F|worker .pi", str(fault))
         if isinstance(fault, MemoryError) or isinstance(fault, RuntimeError) and of_memory:
             message = "out of memory; smaller --batch-size, --width, --eval-images, --workers may help"
-        elif dist.is_initialized():                                  # a fault of ours, told, and an end as below
+        elif dist.is_initialized():                                  # a fault of ours: told, then as below
             traceback.print_exc()
         else:
             raise
@@ -425,7 +427,7 @@ def load_data(args):
         if photos and flag == "--eval-images":
             images = torch.empty(photos.shape, dtype=torch.uint8, device=args.device)
             parts = torch.arange(len(labels)).split(50)
-            for part, x in zip(parts, progress(photos.load(parts, args.device), "decoding", len(parts))):
+            for part, x in progress(zip(parts, photos.load(parts, args.device)), "decoding", len(parts)):
                 images[part] = x
         pairs.append((images, torch.from_numpy(labels.astype(np.int64)).to(args.device)))
     return Data(*pairs, classes, **AUGMENTATION.get(name, {}))
@@ -433,6 +435,8 @@ def load_data(args):
 
 def read_torchvision(name, root, download):
     """A known set as torchvision lays it out, and fetches it; without `download` None if it is not whole."""
+    if download and name == "svhn" and not importlib.util.find_spec("scipy"):
+        raise Fault("svhn is of Matlab files, which torchvision reads by scipy: pip install scipy")
     try:                            # RuntimeError, not ImportError, when torch and torchvision do not match
         import torchvision.datasets
         read = functools.partial(getattr(torchvision.datasets, TORCHVISION[name][0]), str(root))
@@ -472,7 +476,8 @@ def read_folders(root, workers, photos):
 
 
 def read_images(splits, workers):
-    """uint8 (N, C, H, W) of each list of files, images of one size, by Pillow; C is 1 if all are grey."""
+    """uint8 (N, C, H, W) of each list of files, images of one size, by Pillow; C is 1 if all are grey and
+    smaller than photos."""
     def read(path):
         try:
             with Image.open(os.fsdecode(path)) as image:
@@ -492,7 +497,8 @@ def read_images(splits, workers):
         if image.shape != images[0].shape:
             (h, w, _), (h0, w0, _) = image.shape, images[0].shape
             raise Fault(f"{os.fsdecode(path)} has {w}x{h} pixels, the first image {w0}x{h0}: sizes differ")
-    images = np.stack(images)[..., :1 if all(grey) else 3].transpose(0, 3, 1, 2)
+    one = all(grey) and min(images[0].shape[:2]) < PHOTO         # networks for photos want colour
+    images = np.stack(images)[..., :1 if one else 3].transpose(0, 3, 1, 2)
     return np.split(np.ascontiguousarray(images), [len(splits[0])])
 
 
@@ -730,8 +736,8 @@ def prepare(model, args):
     """The network on its device, in the fast memory layout, compiled where --compile says so."""
     model.to(args.device, memory_format=torch.channels_last)
     torch.backends.cudnn.benchmark = True
-    for m in model.modules():    # with AVX2, oneDNN 3.12 writes past a buffer in such a layer's backward pass
-        if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) != m.stride and m.in_channels < 8:
+    for m in model.modules():    # else oneDNN writes past a buffer in its backward pass (its issue 6035)
+        if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) != m.stride and m.in_channels < 16:
             m.weight.data = m.weight.data.clone(memory_format=torch.contiguous_format)
             m.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     if args.compile:
@@ -1198,6 +1204,8 @@ class Run:
         argv = sys.argv[1:] if argv is None else argv
         self.command = shlex.join([*LAUNCHER, f"{self.script}.py", *(a for a in argv if a != "--resume")])
         self.computed, self.seconds, self.begin = {}, {}, time.time()
+        labels = data.train[1].cpu().numpy()
+        self.of_data = [len(labels), zlib.crc32(labels.tobytes())]       # a continued run has the same
         if (self.folder / "result.json").is_file():
             with fitting(self.folder / "result.json", "a run; without it --resume evaluates again"):
                 self.result = json.loads((self.folder / "result.json").read_text())
@@ -1236,9 +1244,12 @@ class Run:
                 raise UsageFault(f"argument --output: {self.folder} holds a run, but no last.pt to continue")
             return {}
         saved = read_file(path, script=str, args=dict, phase=str, epoch=int, states=dict, computed=dict,
-                          seconds=dict, random=dict, log_size=int)
+                          seconds=dict, random=dict, log_size=int, of_data=list)
         new = {k: v for k, v in self.flags.items() if k.startswith(("eval_", "restart", "eot"))}  # may change
         self.check_same(saved | dict(args=saved["args"] | new), "not finished; --resume continues it")
+        if saved["of_data"] != self.of_data:
+            raise UsageFault(f"argument --resume: {self.folder} was begun with other training images: "
+                             f"{saved['of_data'][0]:,}, now {self.of_data[0]:,}, or other labels")
         if not 0 <= saved["epoch"] <= self.phases.get(saved["phase"], -1):
             raise Fault(f"{path} does not fit this run: epoch {saved['epoch']} of {saved['phase']}")
         if (saved["random"].get("cuda") is None) != (self.args.device == "cpu"):
@@ -1318,7 +1329,7 @@ class Run:
             script=self.script, args=self.flags, phase=self.phase, epoch=epoch, computed=self.computed,
             states={name: thing.state_dict() for name, thing in stateful.items()}, seconds=self.seconds,
             random=dict(batches=self.generator.get_state(), cpu=torch.get_rng_state(), cuda=cuda),
-            log_size=self.file.tell()))
+            log_size=self.file.tell(), of_data=self.of_data))
 
     def batches(self):
         """The training batches of one epoch, within epochs() only (elsewhere data.batches); the time to go

@@ -47,13 +47,15 @@ FLOOR = 0.03                                                     # in [D], of ev
 def get_args(argv=None):
     parser = script_parser(__doc__, __file__, "admm_epochs")
     paper = parser.add_argument_group("CSTAR (letters: see the head of the file)")
-    paper.add_argument("--ratio", type=number(1, 10000), default=16.0, help="dense / compact, of --budget")
+    paper.add_argument("--ratio", type=number(1, 10000), default=16.0,
+                       help="dense / compact, of --budget (default: 16)")
     paper.add_argument("--rank-rule", choices=("hull", "uniform"), default="hull", help="[D] or one fraction")
     paper.add_argument("--budget", choices=("parameters", "macs"), default="parameters", help="in [D]")
     paper.add_argument("--admm-epochs", type=whole(0, 10000), help="0 is the one-shot baseline")
     paper.add_argument("--admm-lr", type=rate, help="first learning rate (default: --lr)")
     paper.add_argument("--finetune-lr", type=rate, help="of fine-tuning (default: --lr)")
-    paper.add_argument("--rho", type=number(1e-9, 1000), help="default: 3 (1 - momentum) / (admm_lr * steps)")
+    paper.add_argument("--rho", type=number(1e-9, 1000),
+                       help="default: min(1, 3 (1 - momentum) / steps) / admm_lr, steps of an epoch")
     paper.add_argument("--hooi", type=whole(0, 100), default=0, help="alternating sweeps in every projection")
     args = resolve(parser, parser.parse_args(argv))
     if not args.admm_epochs:
@@ -381,7 +383,7 @@ def main(argv=None):
 
     # Phase 2: ADMM pulls the dense weights towards those ranks. W follows Z - U with time constant
     # (1 - momentum) / (lr rho) steps: three fit the first epoch. If the rate rose first, U would wind up.
-    rho = args.rho or 3 * (1 - args.momentum) / (args.admm_lr * data.steps(args.batch_size))
+    rho = args.rho or min(1, 3 * (1 - args.momentum) / data.steps(args.batch_size)) / args.admm_lr
     admm = ADMM(layers, ranks, rho, args.hooi)
     optimizer, schedule = make_optimizer(model, args.admm_lr, args.admm_epochs, data, args, rise=0.0)
     for epoch in run.epochs("admm", model=model, optimizer=optimizer, schedule=schedule, admm=admm):

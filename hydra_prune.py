@@ -42,6 +42,7 @@ accuracy. HYDRA (its code's page, extra data), WRN-28-4 as above, CIFAR-10, robu
 """
 import copy
 import math
+import shlex
 
 import torch
 import torch.distributed as dist
@@ -72,7 +73,8 @@ def get_args(argv=None):
     paper.add_argument("--scores", choices=("lwm", "hydra"), default="hydra", help="lowest magnitude or [D]")
     paper.add_argument("--objective", choices=OBJECTIVES, default="pgd", help="of all phases")
     paper.add_argument("--scheme", choices=("irregular", "filter"), default="irregular")
-    paper.add_argument("--ratio", type=number(1, 10000), default=10.0, help="units, all / kept in each layer")
+    paper.add_argument("--ratio", type=number(1, 10000), default=10.0,
+                       help="units, all / kept in each layer (default: 10)")
     paper.add_argument("--prune-epochs", type=whole(0, 10000), help="of [D]; lwm adds them to fine-tuning")
     paper.add_argument("--prune-lr", type=rate, help="of the scores (default: --lr; theirs, by bounds: 1e-5)")
     paper.add_argument("--finetune-lr", type=rate, help="of fine-tuning (default: --lr)")
@@ -452,7 +454,8 @@ def main(argv=None):
     result = run.finish(lambda model, robust: verify(model, data.test, args.epsilon, robust), kept=kept,
                         mask_changed=changed)
     if args.objective == "smooth":
-        print(f"certify it by: python tools/evaluate.py {run.folder}/model.pt --smoothing {args.sigma:g}")
+        print("certify it by:", shlex.join(["python", "tools/evaluate.py", f"{run.folder}/model.pt",
+                                            "--data-dir", args.data_dir, "--smoothing", f"{args.sigma:g}"]))
     return result
 
 

@@ -7,10 +7,11 @@
   python tools/compare.py --refresh README.md ...         prints the tables in these files again
 
 Columns: method, bytes, clean, robust; the first two of autoattack and verified (if a row has one), margin
-and zeros (if all have one); speed, flags. --columns knows more. The dense networks that runs started from
-are rows too. Of several seeds a cell gives the mean (lowest to highest). --refresh takes each code block of
-kind sh with a line `python tools/compare.py FOLDERS ...`, as seen from the repository's folder, and replaces
-the table after the block by what that command prints; it draws no picture.
+and zeros (if all have one); speed, flags. --columns knows more. autoattack is of evaluate-autoattack.json in
+a run's folder, what tools/evaluate.py --autoattack printed of its model.pt. The dense networks that runs
+started from are rows too. Of several seeds a cell gives the mean (lowest to highest). --refresh takes each
+code block of kind sh with a line `python tools/compare.py FOLDERS ...`, as seen from the repository's folder,
+and replaces the table after the block by what that command prints; it draws no picture.
 """
 import contextlib
 import glob
@@ -129,7 +130,8 @@ def same_but_seed(patterns, base):
         raise Fault(f"none of these folders holds a finished run: {' '.join(patterns)}")
     for runs in rows.values():
         if len({run["args"]["seed"] for run in runs}) < len(runs):
-            raise Fault(f"one run twice, or two of one seed: {' '.join(run['folder'] for run in runs)}")
+            raise Fault("one run twice, or two of one seed, perhaps from other --pretrained files: "
+                        f"{' '.join(run['folder'] for run in runs)}")
     return list(rows.values())
 
 

@@ -32,8 +32,9 @@ def get_args(argv=None):
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--workers", type=whole(1, 256), default=8,
                         help="decoding threads; for photos, processes")
-    parser.add_argument("--eval-images", type=whole(0), help="a balanced subset; 0: all (on a CPU: 1000)")
-    parser.add_argument("--epsilon", type=radius)
+    parser.add_argument("--eval-images", type=whole(0),
+                        help="a balanced subset, 0: all (default: on a CPU 1000, else all)")
+    parser.add_argument("--epsilon", type=radius, help="a new one scales the stored step too")
     parser.add_argument("--eval-step-size", "--step-size", dest="step_size", type=radius, help="the first")
     parser.add_argument("--constant-step", action="store_true", help="as in Madry's PGD; else it is annealed")
     parser.add_argument("--eval-steps", type=whole(1, 10000))
@@ -154,6 +155,8 @@ def main(argv=None):
                  eot=whole(1))
     stored = artifact["attack_settings"]
     with fitting(args.model, "an evaluation"):
+        if args.epsilon is not None and args.step_size is None and radius(str(stored["epsilon"])):
+            args.step_size = min(1.0, radius(str(stored["step_size"])) * args.epsilon / stored["epsilon"])
         for key in kinds | stored:                               # eot is not stored, or None, without noise
             if getattr(args, key) is None and (key != "eot" or stored.get(key) is not None):
                 setattr(args, key, kinds[key](str(stored[key])))
@@ -167,7 +170,7 @@ def main(argv=None):
         source.to(args.device, memory_format=torch.channels_last)
     attack = dict(epsilon=args.epsilon, step_size=args.step_size, num_steps=args.eval_steps, seed=args.seed,
                   eot=args.eot or 10)
-    result = dict(model=args.model, script=artifact["script"], dataset=args.dataset,
+    result = dict(model=args.model, script=artifact["script"], kind=artifact["kind"], dataset=args.dataset,
                   bytes=os.path.getsize(args.model),
                   **evaluate(model, data.test, restarts=args.restarts, losses=args.losses,
                              anneal=not args.constant_step, **attack),
