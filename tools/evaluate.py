@@ -156,7 +156,7 @@ def main(argv=None):
     stored = artifact["attack_settings"]
     with fitting(args.model, "an evaluation"):
         if args.epsilon is not None and args.step_size is None and radius(str(stored["epsilon"])):
-            args.step_size = min(1.0, radius(str(stored["step_size"])) * args.epsilon / stored["epsilon"])
+            args.step_size = min(1.0, radius(str(stored["step_size"])) * (args.epsilon / stored["epsilon"]))
         for key in kinds | stored:                               # eot is not stored, or None, without noise
             if getattr(args, key) is None and (key != "eot" or stored.get(key) is not None):
                 setattr(args, key, kinds[key](str(stored[key])))
