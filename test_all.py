@@ -833,6 +833,8 @@ def test_admm_radius_ramps_up_and_updates_come_at_their_interval(tmp_path, monke
     assert [line["strength"] for line in lines if line.get("phase") == "pretrain"] == [0.5, 1, 1]
     assert [line["rho"] for line in lines if "residual" in line] == pytest.approx([0.75] * 2)    # 8 steps
     assert attacks == [(0.1, 0.025, 2)] * 4 + [(0.2, 0.05, 2)] * 36
+    args = Mock(rho=None, rho_growth=1.0, momentum=0.0, admm_lr=0.05, admm_interval=1)
+    assert [admm_prune.first_rho(args, Mock(steps=lambda _: n)) for n in (1, 3, 60)] == [20, 20, 1]
 
 
 def test_files_leave_zeros_out_and_give_them_back(tmp_path):
@@ -1348,6 +1350,7 @@ def test_enresnet_without_noise_is_the_mean_of_its_members_image_by_image():
     assert abs(wide.std() / math.sqrt(2 / (9 * 32)) - 1) < 0.05
     h, stages = a.conv1(x), [a.blocks[i].conv1.stride[0] for i in range(3)]
     assert stages == [1, 2, 2] and [block.shortcut is None for block in a.blocks] == [True, False, False]
+    assert binary_relax.get_args(["--adv-weight=0", "--device=cpu"]).num_steps is None  # unread
     for block in a.blocks:                                       # pre-activation, written out
         r = F.relu(block.bn1(h))
         h = block.conv2(F.relu(block.bn2(block.conv1(r)))) + (block.shortcut(r) if block.shortcut else h)
