@@ -1505,7 +1505,8 @@ def test_the_default_folder_tells_the_method(tmp_path, monkeypatch, script, flag
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common.Run, "active", None)
     args = script.get_args(["--dataset", "digits", *flags.split()])
-    assert common.Run(args, None, script.__file__, {}, []).folder == Path("runs", name) == Path(args.output)
+    data = Mock(train=(None, torch.zeros(2)))
+    assert common.Run(args, data, script.__file__, {}, []).folder == Path("runs", name) == Path(args.output)
 
 
 def test_cstar_run_writes_a_smaller_file_that_is_what_it_reports(finished):
