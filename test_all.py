@@ -1308,7 +1308,7 @@ def test_relax_step_moves_latent_weights_by_the_gradient_at_relaxed_ones(digits,
         if name in targets:
             p.data = (lam * quantised(p.data, 2) + p.data) / (lam + 1)
     torch.manual_seed(3)
-    x_adv = common.pgd(twin.eval(), x, y, args.epsilon, args.step_size, 3)
+    x_adv = common.pgd(twin.eval(), x, y, args.epsilon, 0.05, 3)
     loss = sum(weight * F.cross_entropy(twin.train()(image), y)
                for weight, image in ((args.adv_weight, x_adv), (args.nat_weight, x)))
     loss.backward()
