@@ -135,7 +135,7 @@ def importance(w, scheme):
     """[C] The norms, in float64, of the units of a weight (S, C, k, k) or (S, C): S filters, C k k columns or
     S C k k single weights."""
     if not w.isfinite().all():
-        raise Fault("a weight is not finite: training has diverged (try a lower --lr, or --amp off)")
+        raise Fault("a weight is not finite: training has diverged (try a lower rate, or --amp off)")
     matrix = w.detach().double().flatten(1)                          # (S, C k k)
     if scheme == "irregular":
         return matrix.abs().flatten()
@@ -237,7 +237,7 @@ def train_epoch(model, batches, optimizer, schedule, args, penalty=None, masks=N
         if masks:
             apply_masks_(model, masks)                               # [G]
     if not math.isfinite(total):
-        raise Fault("the training loss is not finite: training has diverged (try a lower --lr, or --amp off)")
+        raise Fault("the training loss is not finite: training has diverged (try a lower rate, or --amp off)")
     return dict(loss=total.item() / n, train_robust_acc=100 * right.item() / n)
 
 

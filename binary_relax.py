@@ -31,8 +31,9 @@ images that are not cropped, and nothing is selected; SGD is Nesterov's. Noise i
 and in evaluation, as theirs. Ours: one cycle of the rate over both phases, not steps; pre-training; and the
 switch after a quarter of the epochs, on digits better at 1 and 2 bits than after three fifths, theirs.
 [F] is not normalised, so that its step is nine times that of --adv-weight 1 --nat-weight 0. A network with
-noise is attacked with EOT, evaluated by the mean over 10 draws, and flagged as random. In an EnResNet only
-channels between the two convolutions of a block can be removed, which is part of the dead ones.
+noise is attacked with EOT, evaluated by the mean over 10 draws (new ones, on the worst of all restarts), and
+flagged as random. In an EnResNet only channels between the two convolutions of a block can be removed, which
+is part of the dead ones.
 
   python binary_relax.py --dataset digits --bits 2     three minutes of one CPU core, no network
   python binary_relax.py --depth 56 --bits 4           CIFAR-10, En1ResNet56, for a GPU
@@ -184,6 +185,8 @@ def build(artifact):
 
 def quantisable(model):
     """{name: weight} of all convolutions but those in shortcuts, and of hidden linear layers."""
+    if len([*model.named_parameters(remove_duplicate=False)]) > len([*model.parameters()]):
+        raise Fault("layers that share a weight cannot be saved as codes")
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     classifiers = [m.fc for m in model.members] if isinstance(model, EnResNet) else [layers[-1][1]]
     return {f"{name}.weight": m.weight for name, m in layers
@@ -237,7 +240,7 @@ def without_dead(model, state):
     EnResNet these are channels within blocks: those between blocks also enter the noise and the sum."""
     groups = [({f"{name}.conv1": f"{name}.bn2"}, [], [f"{name}.conv2"])
               for name, m in model.named_modules() if isinstance(m, NoisyBlock)]
-    with contextlib.suppress(Fault):                 # a fork's network of unknown form: nothing is removed
+    with contextlib.suppress(Fault, TypeError, ValueError):          # of a fork's network nothing is removed
         groups = groups if isinstance(model, EnResNet) else channel_groups(model)
     for group in reversed(groups):                               # a removed reader may leave its inputs dead
         writers, _, readers = group
@@ -284,7 +287,7 @@ def encode(model, bits):
     scales = {}
     for name in targets if bits < 32 else ():
         if not state[name].isfinite().all():
-            raise Fault(f"{name} is not finite: training has diverged (try a lower --lr, or --amp off)")
+            raise Fault(f"{name} is not finite: training has diverged (try a lower rate, or --amp off)")
         state[name], scale = project(state[name], bits)                  # [B]
         scales[f"{name}.scale"] = scale[None]
     found = sparsity([state[name] * scales.get(f"{name}.scale", 1) for name in targets])
@@ -321,7 +324,7 @@ def train_epoch(model, batches, optimizer, schedule, args, weights=(), lam=math.
         for name, out in logits.items():
             right[name] = right.get(name, 0) + (out.argmax(1) == y).sum()
     if not math.isfinite(total):
-        raise Fault("the training loss is not finite: training has diverged (try a lower --lr, or --amp off)")
+        raise Fault("the training loss is not finite: training has diverged (try a lower rate, or --amp off)")
     return dict(loss=total.item() / n, **{f"train_{k}_acc": 100 * r.item() / n for k, r in right.items()})
 
 

@@ -88,7 +88,7 @@ def tucker2(w, rank, hooi=0):
     """[B] Factors of a weight (S, C, k, k) at rank (ro, ri): G (ro, ri, k, k), A (S, ro), B (C, ri); matrices
     (S, C) at rank (r,): A (S, r), B (C, r). Truncated HOSVD in float64, then `hooi` alternating sweeps."""
     if not w.isfinite().all():
-        raise Fault("a weight is not finite: training has diverged (try a lower --lr, or --amp off)")
+        raise Fault("a weight is not finite: training has diverged (try a lower rate, or --amp off)")
     w = w.double()
     if is_matrix(w):
         a = leading(w.flatten(1), rank[0])
@@ -349,7 +349,7 @@ def train_epoch(model, batches, optimizer, schedule, args, penalty=None, strengt
         optimizer.step()
         schedule.step()
     if not math.isfinite(total):
-        raise Fault("the training loss is not finite: training has diverged (try a lower --lr, or --amp off)")
+        raise Fault("the training loss is not finite: training has diverged (try a lower rate, or --amp off)")
     return dict(loss=total.item() / n, train_robust_acc=100 * right.item() / n)
 
 

@@ -26,19 +26,21 @@ Sources. Neither text was available: the procedure is from the abstracts, [B] to
 HYDRA's code, which prunes all layers, the classifier too, and whose adversarial objective is [F]; its [J]
 ends at share 0, pure [G]. [F] is Zhang et al. 2019 (TRADES), [H], [J] Zhang et al. 2020, [I], [K] Wang et al.
 2018 (MixTrain), [L] Carmon et al. 2019, with its certificate (Cohen et al. 2019) in tools/evaluate.py. That
-the first paper prunes by LWM, in steps, says a survey (2409.01249); its verifiable objective is not known.
-Ours: the default pgd, Nesterov's momentum, boxes clamped to [0, 1], schedules (in [K] too the radius grows by
-steps), the best of all bounds, no weight decay on s, [D]'s epochs added to LWM's fine-tuning, torch's initial
-values of w, and --scheme filter: one score each; m is on its batch norm, fixed as w is, and 0.001 for 0 in
-[D], for ReLU's gradient.
+the first paper prunes by LWM, in steps, says a survey (2409.01249), of whose two files one ranks all layers
+together; here it is one cut of each layer. Its verifiable objective is not known. Ours: the default pgd,
+Nesterov's momentum, weight decay (theirs: 1e-4), boxes clamped to [0, 1], schedules (in [K] too the radius
+grows by steps), the best of all bounds, no weight decay on s, [D]'s epochs added to LWM's fine-tuning,
+torch's initial values of w, and --scheme filter: one score each; m is on its batch norm, fixed as w is, and
+0.001 for 0 in [D], for ReLU's gradient.
 
   python hydra_prune.py --dataset digits               one or two minutes of a CPU core, no network
   python hydra_prune.py --arch vgg16 --ratio 10        CIFAR-10, for a GPU; the first paper: --scores lwm
   python hydra_prune.py --arch wrn28_4 --objective trades --pretrain-epochs 100 --prune-epochs 20
       --finetune-epochs 100 --finetune-lr 0.01 --lr 0.1 --batch-size 128 --weight-decay 1e-4    HYDRA's length
 1906.06110 (abstract): ratio 10 keeps on average 93 % of clean, 92.5 % of empirical robust, 85 % of verified
-accuracy. HYDRA (its code's page, extra data), WRN-28-4 as above, CIFAR-10, robust %: dense 57.2; at 10 LWM
-53.8, HYDRA 55.2; at 100 LWM 37.3, HYDRA 47.3. What we measured is in results/README.md.
+accuracy. HYDRA (its code's page, extra data), WRN-28-4 as above, CIFAR-10, robust % (its code's PGD has one
+start, ours four): dense 57.2; at 10 LWM 53.8, HYDRA 55.2; at 100 LWM 37.3, HYDRA 47.3. What we measured is in
+results/README.md.
 """
 import copy
 import math
@@ -195,10 +197,10 @@ class Scores(nn.Module):
 
 def plain_layers(model):
     """The layers of a chain that ends in a linear one; Fault where no bound is known of one of them."""
-    layers = list(model) if isinstance(model, nn.Sequential) else [model]
+    layers = list(model) if type(model) is nn.Sequential else [model]         # a fork's may compute otherwise
     for layer in layers:
         odd = isinstance(layer, nn.Conv2d) and (layer.padding_mode, type(layer.padding)) != ("zeros", tuple)
-        if odd or not isinstance(layer, (nn.Conv2d, nn.Linear, nn.ReLU, nn.Flatten)):
+        if odd or type(layer) not in (nn.Conv2d, nn.Linear, nn.ReLU, nn.Flatten):
             raise Fault(f"no bounds are known for {type(layer).__name__}: only for convolutions with zero "
                         "padding, linear layers, ReLU and Flatten")
     if not isinstance(layers[-1], nn.Linear):
@@ -380,7 +382,7 @@ def train_epoch(model, batches, optimizer, schedule, args, scores=None, masks=No
         if masks:
             apply_masks_(model, masks)                               # [E]
     if not math.isfinite(total):
-        raise Fault("the training loss is not finite: training has diverged (try a lower --lr, or --amp off)")
+        raise Fault("the training loss is not finite: training has diverged (try a lower rate, or --amp off)")
     strength, fields = strength_at(step), dict(loss=total.item() / n)
     fields[TRAIN_ACC.get(args.objective, "train_acc")] = 100 * right.item() / n
     fields |= dict(share=1 - (1 - args.final_share) * strength) if args.objective == "crown-ibp" else {}

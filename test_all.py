@@ -474,10 +474,10 @@ def test_evaluate_of_a_random_network_is_repeatable_and_says_so(robust, digits, 
         first, second = (common.evaluate(model, images, **SETTINGS, eot=2, seed=3) for _ in range(2))
     assert eots == [2] * 8 and first["attack"]["losses"] == ["ce", "margin"]             # four restarts each
     assert first == second and first["attack"]["draws"] == 10 and torch.equal(state, torch.get_rng_state())
-    still = SETTINGS | dict(epsilon=0, num_steps=1)              # no attack: the least of two sets of draws
-    still = [common.evaluate(model, images, **still, eot=1, seed=seed) for seed in range(6)]
+    still = SETTINGS | dict(epsilon=0, num_steps=1)              # no attack: both are right in the mean
+    still = [common.evaluate(model, images, **still, eot=1, seed=seed) for seed in range(12)]
     gaps = [result["clean_acc"] - result["robust_acc"] for result in still]
-    assert min(gaps) >= 0 and sum(gap > 0 for gap in gaps) >= 4
+    assert min(gaps) < 0 < max(gaps) and abs(sum(gaps)) < 12 * 0.8
     others = [common.evaluate(model, images, **SETTINGS, eot=2, seed=seed) for seed in (4, 5, 6)]
     assert any(other["robust_acc"] != first["robust_acc"] for other in others)
 
@@ -714,6 +714,9 @@ def filter_masks(model, ratio, grouped=False):
     ("resnet18", 3, 16, True), ("wrn28_4", 2, 8, False), ("wrn28_4", 2, 8, True)])
 def test_admm_smaller_network_equals_the_masked_one(arch, channels, size, grouped, dtype, tolerance):
     model = shaken(arch, 2, channels, size, dtype)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.eps = 0.1                                          # a fork's
     chosen = filter_masks(model, 2, grouped)
     for names, _, _ in common.channel_groups(model) if grouped else ():      # one mask, by the joint norm
         joint = sum(model.get_submodule(name).weight.flatten(1).square().sum(1) for name in names)
@@ -1204,9 +1207,11 @@ def test_hydra_bound_that_is_wrong_unknown_or_breaks_is_noticed_and_changes_noth
     assert modes == [m.training for m in model.modules()]
     assert all(v.dtype == torch.float32 and torch.equal(v, before[k]) for k, v in model.state_dict().items())
     for odd in (nn.BatchNorm2d(3), nn.MaxPool2d(2), nn.Dropout(), nn.Conv2d(3, 3, 3, padding="same"),
-                nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular")):
+                nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular"), type("Own", (nn.ReLU,), {})()):
         with pytest.raises(common.Fault, match="no bounds are known"):
             hydra_prune.plain_layers(nn.Sequential(odd, nn.Flatten(), nn.Linear(12, 2)))
+    with pytest.raises(common.Fault, match="no bounds are known for Own"):   # its forward may differ
+        hydra_prune.plain_layers(type("Own", (nn.Sequential,), {})(nn.Linear(3, 2)))
     with pytest.raises(common.Fault, match="does not end"):
         hydra_prune.plain_layers(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
     assert hydra_prune.verify(resnet(), None, 0.1, None) == {}
@@ -1483,6 +1488,10 @@ def test_a_channel_that_only_removed_filters_read_goes_too_and_one_always_stays(
     for odd in (nn.Conv2d(4, 4, 1, groups=4), side(torch.hstack), side(functools.partial(torch.cat, dim=1))):
         with pytest.raises(common.Fault, match="no filter can be removed that"):
             common.channel_groups(nn.Sequential(nn.Conv2d(1, 4, 1), odd))
+    branching = type("Branching", (nn.Sequential,), dict(forward=lambda self, x: x if x.sum() > 0 else -x))
+    assert binary_relax.without_dead(branching(), {"a": 1}) == {"a": 1}
+    with pytest.raises(common.Fault, match="share a weight"):
+        binary_relax.quantisable(nn.Sequential(*[nn.Conv2d(4, 4, 1)] * 2))
     network = dict(arch="vgg16", width=1, channels=3, classes=10, size=[32, 32])
     model = common.build_network(**network)
     for w in binary_relax.quantisable(model).values():
@@ -1750,9 +1759,9 @@ def test_progress_counts_to_its_total_and_tells_the_time_that_is_left(robust, di
     assert (lines[1], errors.getvalue()[-4:]) == (("letters", "2", "4", ", 4:00:02 to go"), "\r\033[K")
     for label, i, total, _ in lines:
         counts.setdefault(label, []).append((int(i), int(total)))
-    twice = ("attack 1/2", "attack 2/2", "bounds")           # of two networks; of two kinds of bounds
-    assert set(counts) == {"letters", "clean images", "certified images", *twice}
-    assert all(found == [(i + 1, found[0][1]) for i in range(found[0][1])] * (1 + (label in twice))
+    once = {"letters", "clean images", "certified images", "attack", "attack 1/2", "attack 2/2"}
+    assert set(counts) == {"bounds", *once}                      # of two kinds of bounds
+    assert all(found == [(i + 1, found[0][1]) for i in range(found[0][1])] * (1 + (label not in once))
                for label, found in counts.items())
 
 
