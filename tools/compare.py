@@ -109,9 +109,8 @@ def flags_of(run):
     args = {k: v for k, v in run["args"].items() if k not in unused}
     if args.get("members"):
         args["arch"] = f"En{args.pop('members')}ResNet{args.pop('depth')}"
-    loss = run["attack"].get("losses") or run["attack"]["loss"]          # older runs had one
-    args |= dict(script=run["script"], loss=loss if isinstance(loss, str) else "+".join(loss),
-                 device=run["device"], images=run["images"])
+    args |= dict(script=run["script"], loss="+".join(run["attack"]["losses"]), device=run["device"],
+                 images=run["images"])
     return {k: f"{v:g}" if isinstance(v, float) else str(v) for k, v in args.items()}      # 16 is 16.0
 
 
