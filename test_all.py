@@ -2080,10 +2080,10 @@ def test_compare_names_rows_as_a_person_does(finished, tmp_path, capsys, monkeyp
     for i, changed in enumerate(rows.values()):
         write_run(f"run{i}", result | dict(args=changed))
     assert labels("run*") == {*rows, "dense"} and not capsys.readouterr().err
-    # Added are flags that differ and the attack's losses (loss in older files); all, where names are equal.
-    old = {k: v for k, v in result["attack"].items() if k != "losses"} | dict(loss="margin")
+    # Added are flags that differ and the attack's losses; all, where names are equal.
+    other = result["attack"] | dict(losses=["margin"])
     write_run("other", result, args=dict(momentum=0.5, width=2), dense=dict(clean_acc=1.0))
-    write_run("third", result, args=dict(admm_lr=0.7), attack=old)
+    write_run("third", result, args=dict(admm_lr=0.7), attack=other)
     same, loss = "low rank, 4x, ADMM", "+".join(result["attack"]["losses"])
     rate = f"momentum={args['momentum']:g}"
     assert labels("run0", "other", "third") == {
