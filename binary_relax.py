@@ -185,8 +185,6 @@ def build(artifact):
 
 def quantisable(model):
     """{name: weight} of all convolutions but those in shortcuts, and of hidden linear layers."""
-    if len([*model.named_parameters(remove_duplicate=False)]) > len([*model.parameters()]):
-        raise Fault("layers that share a weight cannot be saved as codes")
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     classifiers = [m.fc for m in model.members] if isinstance(model, EnResNet) else [layers[-1][1]]
     return {f"{name}.weight": m.weight for name, m in layers
@@ -285,6 +283,8 @@ def encode(model, bits):
     and without dead channels; the codes, packed; and the sparsity of q, in per cent."""
     state, targets = {name: t.detach().cpu() for name, t in model.state_dict().items()}, quantisable(model)
     scales = {}
+    if bits < 32 and len([*model.named_parameters(remove_duplicate=False)]) > len([*model.parameters()]):
+        raise Fault("layers that share a weight cannot be saved as codes")
     for name in targets if bits < 32 else ():
         if not state[name].isfinite().all():
             raise Fault(f"{name} is not finite: training has diverged (try a lower rate, or --amp off)")

@@ -1491,7 +1491,7 @@ def test_a_channel_that_only_removed_filters_read_goes_too_and_one_always_stays(
     branching = type("Branching", (nn.Sequential,), dict(forward=lambda self, x: x if x.sum() > 0 else -x))
     assert binary_relax.without_dead(branching(), {"a": 1}) == {"a": 1}
     with pytest.raises(common.Fault, match="share a weight"):
-        binary_relax.quantisable(nn.Sequential(*[nn.Conv2d(4, 4, 1)] * 2))
+        binary_relax.encode(nn.Sequential(*[nn.Conv2d(4, 4, 1)] * 2), 2)
     network = dict(arch="vgg16", width=1, channels=3, classes=10, size=[32, 32])
     model = common.build_network(**network)
     for w in binary_relax.quantisable(model).values():
