@@ -1529,7 +1529,7 @@ def test_relax_run_writes_a_smaller_file_of_few_values(whole, bits, more):
     zeros = 100 * (torch.cat([w.flatten() for w in weights]) == 0).double().mean().item()
     assert (result["sparsity"] > 5) == (bits in (2, 4))
     assert result["channel_sparsity"] > 0 or result["sparsity"] == pytest.approx(zeros, abs=0.01)
-    assert max(result["fgsm_acc"], result["robust_acc"]) <= result["clean_acc"] + 3 * bool(more)         # draws
+    assert max(result["fgsm_acc"], result["robust_acc"]) <= result["clean_acc"] + 3 * bool(more)  # draws
     assert any(flag.startswith("random output") for flag in result["flags"]) == bool(more)
     eot, same = [1, 1, 2] if more else [None] * 3, dict(epsilon=0.2, random_start=False, anneal=False)
     for name, passes, loss, step_size, steps in zip(("fgsm", "ifgsm", "margin"), eot, ("ce", "ce", "margin"),
