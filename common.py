@@ -859,11 +859,14 @@ def evaluating(*models, seed=0):
     all put back afterwards."""
     modes = [(m, m.training) for model in models for m in model.modules()]
     device, precision = next(models[0].parameters()).device, torch.get_float32_matmul_precision()
+    gpu = [device] if device.type == "cuda" else []
+    if not gpu and torch.cuda.is_initialized():                      # manual_seed() below seeds it too
+        gpu = [torch.cuda.current_device()]
     try:
         nn.ModuleList(models).eval()
         torch.set_float32_matmul_precision("highest")
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []), \
-                torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        with torch.no_grad(), torch.random.fork_rng(gpu), torch.backends.cudnn.flags(
+                enabled=True, deterministic=True, allow_tf32=False):
             torch.manual_seed(seed)
             yield torch.Generator(device).manual_seed(seed)
     finally:

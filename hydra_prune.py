@@ -51,7 +51,6 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
-from torch.nn.grad import conv2d_input
 
 from common import (RECIPES, Fault, Run, apply_masks_, autocast, build_network, channel_groups, cli,
                     evaluating, interval, load_data, load_pretrained, make_optimizer, meet, network_of,
@@ -250,9 +249,11 @@ def linear_bounds(layers, boxes, a, d, slope):
         elif isinstance(layer, nn.Linear):
             a = a @ layer.weight
         elif isinstance(layer, nn.Conv2d):
-            inputs = len(a) * a.shape[1], *lower.shape[1:]
-            a = conv2d_input(inputs, layer.weight, a.flatten(0, 1), layer.stride, layer.padding,
-                             layer.dilation, layer.groups).unflatten(0, a.shape[:2])
+            size = zip(lower.shape[2:], layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+            rest = [(n + 2 * p - d * (k - 1) - 1) % s for n, k, s, p, d in size]     # no kernel reached it
+            back = F.conv_transpose2d(a.flatten(0, 1), layer.weight, None, layer.stride, layer.padding, rest,
+                                      layer.groups, layer.dilation)
+            a = back.unflatten(0, a.shape[:2])
         else:
             low, up = lower.clamp(max=0), upper.clamp(min=0)
             line = up / (up - low).clamp_min(torch.finfo(up.dtype).tiny)
@@ -272,9 +273,10 @@ def margins(layers, boxes, y, slope=None):
     return linear_bounds(layers[first:-1], boxes[first:], *margin_rows(layers[-1], y), slope)[0]
 
 
-def symbolic_margins(layers, boxes, y, room=2**22):
+def symbolic_margins(layers, boxes, y, room=None):
     """[I] Lower bounds (N, K) of f_y - f_j, after those of all units before a ReLU, some at a time so that
     tensors hold `room` numbers: to pass a symbol for each pixel and unstable ReLU forward gives the same."""
+    room = room or (2**25 if y.is_cuda else 2**22)                   # a GPU wants few and large ones
     boxes, some = list(boxes), max(1, room // max(lower.numel() for lower, _ in boxes))
     for i, layer in enumerate(layers[:-1]):
         if isinstance(layer, nn.ReLU) and i > 1:                     # [G] is exact for one layer

@@ -482,6 +482,17 @@ def test_evaluate_of_a_random_network_is_repeatable_and_says_so(robust, digits, 
     assert any(other["robust_acc"] != first["robust_acc"] for other in others)
 
 
+def test_evaluating_on_the_cpu_puts_a_gpus_random_numbers_back(robust, monkeypatch):
+    kept, fork = [], torch.random.fork_rng
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: kept.append(devices) or fork([]))
+    for used in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: used)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3 if used else pytest.fail("no GPU is in use"))
+        with common.evaluating(robust):
+            pass
+    assert kept == [[], [3]]
+
+
 def test_evaluate_takes_bytes_as_labels_and_refuses_what_is_no_image_label_or_number(robust, digits):
     x, y = images = [t[:60] for t in digits.test]
     model = copy.deepcopy(robust).train()
