@@ -27,7 +27,7 @@ the penalty pulls 1 + m times as hard as [D]. It attacks in training mode, so th
 batch norm's statistics (here fixed meanwhile). Ours: [H], rho's default, all schedules, Nesterov's momentum,
 torch's initial weights (their LeNets': Xavier's), the reading of --mode ticket, removing dead filters, and
 --group-residual: only with it does a ResNet-18 pruned 16 -> 4 become as small as one of width 4. [G] keeps
-the dense network's running statistics. With our rho masks of digits hardly move (mask_changed in the log): Z
+the dense network's running statistics. With our rho, digits' masks hardly move (mask_changed in the log): Z
 is the one-shot cut, faded in; results/README.md has a rho that grows. Why [H]: batch norm undoes the
 shrinking of a whole filter, so that pulling its weights alone prepares no cut. The authors' code does just
 that, and the batch norm's shift lives on: its pruned filters still give constants.
@@ -127,8 +127,8 @@ def first_rho(args, data):
 
 def prunable(model):
     """{name: layer} to be pruned: all convolutions and linear layers but the last, the classifier."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
-    return {name: layers[name] for name in list(layers)[:-1]}
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    return dict(layers[:-1])
 
 
 def importance(w, scheme):
@@ -144,7 +144,7 @@ def importance(w, scheme):
 
 def choose_masks(weights, scheme, ratio, tied=()):
     """[B] {name: boolean like w, True where it stays} for weights {name: (S, C, ...)}: exactly
-    ceil(n / ratio) units a layer, the first among equals. Layers that stand together in `tied` get one filter
+    ceil(n / ratio) units a layer, the first among equals. Layers listed together in `tied` get one filter
     mask, by the root of the sum of their squared norms."""
     norms = {name: importance(w, scheme) for name, w in weights.items()}
     for names in tied:
@@ -184,7 +184,7 @@ class ADMM:
     @torch.no_grad()
     def update(self):
         """[E], [F], rho; returns the relative residual ||W - Z|| / ||W|| of all parameters together, and how
-        many entries of the masks changed, in per cent: a unit for another are two, so at most 200 / ratio."""
+        many entries of the masks changed, in per cent; a swap of units counts twice: at most 200 / ratio."""
         moved = {name: w + self.u[name] for name, w in self.weights.items()}
         before, self.masks = self.masks, self.choose(moved)
         factor = max(1.0, min(self.growth, self.rho_max / self.rho))
@@ -246,9 +246,8 @@ def read_ticket(args, network):
     if not Path(args.ticket).is_file() or not Path(args.ticket).with_name("dense.pt").is_file():
         raise UsageFault(f"argument --ticket: there is no file {args.ticket}, or no dense.pt beside it")
     ticket, made = read_artifact(args.ticket), dict(network=network, scheme=args.scheme, ratio=args.ratio)
-    shapes = {name: mask.shape for name, mask in ticket.get("masks", {}).items()}
-    fits = shapes and all(name in ticket["state"] and ticket["state"][name].shape == shape
-                          for name, shape in shapes.items())
+    masks, state = ticket.get("masks"), ticket["state"]
+    fits = masks and all(name in state and state[name].shape == m.shape for name, m in masks.items())
     if {k: ticket.get(k) for k in made} != made or not fits:
         raise UsageFault(f"argument --ticket: {args.ticket} is not a ticket of {made}")
     dense = read_artifact(Path(args.ticket).with_name("dense.pt"))

@@ -52,7 +52,7 @@ import torch.nn.functional as F
 from common import (CIFAR, RECIPES, Fault, Run, UsageFault, WideBlock, autocast, build_network,
                     channel_groups, cli, conv3x3, evaluate, load_data, load_pretrained, make_optimizer,
                     network_of, normalised, number, per_cent, pgd, prepare, ramp, rate, resize_, resolve,
-                    save_model, script_parser, whole, without_channels)
+                    save_model, script_parser, stages, whole, without_channels)
 
 
 def get_args(argv=None):
@@ -79,17 +79,15 @@ def get_args(argv=None):
     paper.add_argument("--noise", type=number(0, 10), help="a of an enresnet (default: 0.1)")
     args = parser.parse_args(argv)
     ensemble = args.arch in (None, "enresnet") and (args.arch, args.dataset) != (None, "imagenet")
+    own = dict(depth=20, members=1, noise=0.1)
+    if not ensemble:
+        parser.refuse(args, "without --arch enresnet", *own)
+        own = dict(width=RECIPES.get(args.dataset, CIFAR)["width"])
     resolve(parser, args, longest_ramp=lambda args: 0 if args.pretrained else (
-        args.pretrain_epochs + args.relax_epochs + args.finetune_epochs),
-        **({} if ensemble else dict(width=RECIPES.get(args.dataset, CIFAR)["width"])))
+        args.pretrain_epochs + args.relax_epochs + args.finetune_epochs), **own)
     if not args.relax_epochs + args.finetune_epochs:
         parser.refuse(args, "without --relax-epochs and --finetune-epochs", "relax_lr")
     args.relax_lr = args.relax_lr or args.lr / 2
-    for flag, value in dict(depth=20, members=1, noise=0.1).items():
-        if ensemble and getattr(args, flag) is None:
-            setattr(args, flag, value)
-        if not ensemble and getattr(args, flag):
-            parser.error(f"argument --{flag}: is for --arch enresnet, not {args.arch}")
     if ensemble and args.depth % 6 != 2:
         parser.error(f"argument --depth: {args.depth} is not 6 b + 2, such as 20, 56 or 110")
     if not args.adv_weight + args.nat_weight:
@@ -135,14 +133,10 @@ class PreActResNet(nn.Module):
     """A CIFAR ResNet of depth 6 b + 2: three stages of b blocks with width, 2 width, 4 width channels."""
     def __init__(self, depth, width, channels, classes, noise):
         super().__init__()
-        c, blocks = width, []
-        self.conv1 = conv3x3(channels, c)
-        for stage in range(3):
-            for i in range(depth // 6):
-                c_out = width * 2**stage
-                blocks.append(NoisyBlock(c, c_out, 2 if stage and not i else 1, noise))
-                c = c_out
-        self.blocks, self.bn, self.fc = nn.Sequential(*blocks), nn.BatchNorm2d(c), nn.Linear(c, classes)
+        self.conv1, widths = conv3x3(channels, width), (width, width, 2 * width, 4 * width)
+        parts = stages(lambda *sizes: NoisyBlock(*sizes, noise), depth // 6, widths)
+        self.blocks = nn.Sequential(*(block for stage in parts for block in stage))
+        self.bn, self.fc = nn.BatchNorm2d(4 * width), nn.Linear(4 * width, classes)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.normal_(m.weight, 0, math.sqrt(2 / (m.weight[0, 0].numel() * m.out_channels)))

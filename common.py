@@ -1,5 +1,5 @@
-"""What the four scripts share; nothing in it is of one paper. They import this file, which knows none of them
-and is never run. A network takes images in [0, 1], (N, C, H, W), and gives logits."""
+"""What the four scripts share; nothing here belongs to one paper. They import this file, which knows none of
+them and is never run. A network maps images in [0, 1], (N, C, H, W), to logits."""
 import argparse
 import contextlib
 import functools
@@ -32,7 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-# Defaults of each data set, by flag; compress_epochs: --admm-, --prune- or --relax-epochs. Epochs are ours.
+# Default flags by data set; compress_epochs: --admm-, --prune- or --relax-epochs. We chose the epochs.
 CIFAR = dict(arch="resnet18", width=16, pretrain_epochs=40, compress_epochs=20, finetune_epochs=20,
              batch_size=256, lr=0.2, momentum=0.9, weight_decay=5e-4, epsilon=8 / 255, step_size=2 / 255,
              num_steps=10, ramp_epochs=0)
@@ -44,10 +44,10 @@ RECIPES = {
     "cifar10": CIFAR, "cifar100": CIFAR, "svhn": CIFAR | dict(lr=0.1),
     "imagenet": CIFAR | dict(arch="imagenet_resnet18", lr=0.1, weight_decay=1e-4, epsilon=4 / 255,
                              num_steps=3)}
-AUGMENTATION = {"svhn": dict(crop=4), **dict.fromkeys(("cifar10", "cifar100"), dict(crop=4, flip=True))}
-FORMAT = 2                                                       # of all files; 1 had other bit maps
-PHOTO = 224                                                      # pixels a side that networks get of photos
-CLEAR = "\r\033[K"                                               # takes progress() off the terminal's line
+AUGMENTATION = {"svhn": dict(crop=4), "cifar10": dict(crop=4, flip=True), "cifar100": dict(crop=4, flip=True)}
+FORMAT = 2                                                       # of all files; 1: other bit maps
+PHOTO = 224                                                      # networks get photos of 224 x 224 pixels
+CLEAR = "\r\033[K"                                               # wipes progress()'s line off the terminal
 LAUNCHER = ["python"] if not dist.is_torchelastic_launched() else [
     "torchrun", f"--nproc_per_node={os.environ['WORLD_SIZE']}"]
 
@@ -83,7 +83,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(low, high=10**9, kind=float, hint=""):
-    """An argparse type: a float (8/255 is one too) or int in [low, high]; nan and inf are not."""
+    """An argparse type: a finite float (8/255 counts as one) or an int, in [low, high]."""
     def convert(text):
         with contextlib.suppress(ValueError, ZeroDivisionError, OverflowError):
             value = float(Fraction(text)) if kind is float else int(text)
@@ -100,8 +100,8 @@ rate = number(1e-8, 10)
 
 
 def script_parser(doc, script, phase, networks=(), adapt=lambda recipe: {}):
-    """The parser of a script with the flags that all four have. phase: the flag for compress_epochs;
-    networks: names of --arch that only this script knows; adapt(recipe): what of RECIPES it changes."""
+    """A script's parser, with the flags that all four share. phase: its flag for compress_epochs; networks:
+    values of --arch that it alone knows; adapt(recipe): its changes to one of RECIPES."""
     parser = Parser(doc, prog=Path(script).name)
     parser.recipes = {name: {phase if k == "compress_epochs" else k: v for k, v in (r | adapt(r)).items()}
                       for name, r in RECIPES.items()}
@@ -148,8 +148,7 @@ def script_parser(doc, script, phase, networks=(), adapt=lambda recipe: {}):
 
 
 def resolve(parser, args, longest_ramp=lambda args: args.pretrain_epochs, **defaults):
-    """Fills the flags not given, first from `defaults`, then from the data set's recipe, refuses what
-    contradicts, and seeds torch. --ramp-epochs has at most longest_ramp(args)."""
+    """Fills in flags not given, from `defaults` or else the recipe; refuses contradictions; seeds torch."""
     if args.dataset not in RECIPES and args.epsilon is None:
         parser.error(f"argument --dataset: {args.dataset}, none of {', '.join(RECIPES)}, needs --epsilon")
     if args.pretrained and args.pretrain_epochs:
@@ -184,7 +183,7 @@ def check_device(name):
     if name not in here:
         raise UsageFault(f"argument --device: {name} is none of this machine's {', '.join(here)}")
     if name != "cpu":
-        torch.cuda.set_device(name)                                  # or helpers of torch would be on cuda:0
+        torch.cuda.set_device(name)                                  # else helpers of torch would use cuda:0
     return name
 
 
@@ -202,7 +201,7 @@ def autocast(args):
 
 
 def progress(items, label, total, later=0):
-    """Iterates over items; on a terminal with a line of progress and the time for them and `later` more."""
+    """Iterates over items; a terminal shows progress and the time left for them and `later` more."""
     begin, terminal = time.time(), sys.stderr.isatty() and rank() == 0
     for i, item in enumerate(items):
         if terminal:
@@ -216,7 +215,7 @@ def progress(items, label, total, later=0):
 def cli(main):
     """Runs main(); a fault becomes one line and a status; a signal stops at once and says how to continue."""
     if dist.is_torchelastic_launched():
-        join()                                                       # which would not let a handler run
+        join()                                                       # first: it blocks signal handlers
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))    # None: `2>&-`
     for stream in (sys.stdout, sys.stderr):
@@ -226,7 +225,7 @@ def cli(main):
     try:
         try:
             main()
-        finally:                                                     # torchrun stops all as soon as one ends
+        finally:                                                     # torchrun stops the rest once one ends
             for sent in (signal.SIGINT, signal.SIGTERM) if dist.is_initialized() else ():
                 signal.signal(sent, signal.SIG_IGN)
     except BrokenPipeError:                                          # `| head` closed the pipe
@@ -236,18 +235,18 @@ def cli(main):
         status, message = getattr(fault, "status", 1), f"{Run.active.where if Run.active else ''}{fault}"
     except (KeyboardInterrupt, SystemExit) as stop:
         status = getattr(stop, "code", 130)
-        message = "stopped" if dist.is_initialized() and status in (130, 143) else None
+        if status in (130, 143):
+            command = shlex.join([*LAUNCHER, *(a for a in sys.argv if a != "--resume"), "--resume"])
+            more = f"; the last finished epoch is kept. To continue: {command}" if Run.active else ""
+            message = f"stopped{more}"
     except Exception as fault:
         status, of_memory = 1, re.search("of mem|ate mem|ALLOC_F|worker .pi", str(fault))
         if isinstance(fault, MemoryError) or isinstance(fault, RuntimeError) and of_memory:
             message = "out of memory; smaller --batch-size, --width, --eval-images, --workers may help"
-        elif dist.is_initialized():                                  # a fault of ours: told, then as below
+        elif dist.is_initialized():                                  # a bug: printed, then ended as below
             traceback.print_exc()
         else:
             raise
-    if status in (130, 143) and Run.active:
-        command = shlex.join([*LAUNCHER, *(a for a in sys.argv if a != "--resume"), "--resume"])
-        message = f"stopped; the last finished epoch is kept. To continue: {command}"
     if message and (not dist.is_initialized() or join().add("messages", 1) == 1):        # one prints it
         print(f"{CLEAR * sys.stderr.isatty()}{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     if dist.is_initialized():
@@ -257,10 +256,10 @@ def cli(main):
 
 
 # ---------------------------------------------------------------- several processes, under torchrun
-# All do the same by the same random numbers, but for shares of batches, noise in training and rank 0's files.
+# All do the same with the same random numbers, except batch shares, training noise and rank 0's files.
 @functools.cache
 def join():
-    """Lets the processes that torchrun started meet; returns the store in which they did."""
+    """Connects the processes that torchrun started; returns the store in which they met."""
     store, number, count = next(dist.rendezvous("env://"))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store,
                             rank=number, world_size=count, timeout=timedelta(days=1))     # for rank 0's work
@@ -286,7 +285,7 @@ def meet(collective, *args):
 
 
 def average_(tensors):
-    """Makes each tensor its mean over all processes, by one flat message."""
+    """Replaces each tensor by its mean over all processes in one message."""
     if world() > 1 and tensors:
         meet(dist.all_reduce, flat := torch.cat([t.flatten() for t in tensors]))
         for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
@@ -294,7 +293,7 @@ def average_(tensors):
 
 
 def by_rank_0(compute):
-    """The plain data that compute() gives: rank 0 alone calls it, and the others wait for that."""
+    """The plain data that compute() returns: rank 0 alone calls it and passes it to the others."""
     found = [compute() if rank() == 0 else None]
     meet(dist.broadcast_object_list, found)
     return found[0]
@@ -306,13 +305,13 @@ TORCHVISION = {"mnist": ("MNIST", "MNIST/raw"), "cifar10": ("CIFAR10", "cifar-10
 
 
 class Data:
-    """On the device: (uint8 images (N, C, H, W), labels (N,)) to train and to test on; names of the classes.
-    Training batches are cropped (after zero padding by `crop`) and flipped there; Photos arrive like that."""
+    """Training and test set, each (uint8 images (N, C, H, W), labels (N,)) on the device, and class names.
+    Training batches are cropped (after zero padding by `crop`) and flipped there; Photos arrive that way."""
     def __init__(self, train, test, classes, crop=0, flip=False):
         self.train, self.test, self.classes, self.crop, self.flip = train, test, classes, crop, flip
 
     def steps(self, batch_size):
-        """Batches in an epoch, all full (or one of all images): what is left over, that epoch leaves out."""
+        """Batches in an epoch, all full (or one of all images); left-over images sit that epoch out."""
         return max(1, len(self.train[1]) // batch_size)
 
     def batches(self, batch_size, generator):
@@ -332,12 +331,12 @@ class Data:
 
 
 class Photos:
-    """Image files of any size as if they were uint8 (N, 3, PHOTO, PHOTO): decoded when they are asked for."""
+    """Image files of any size, treated like uint8 (N, 3, PHOTO, PHOTO) but decoded only when needed."""
     def __init__(self, files, workers):
         self.files, self.workers, self.shape = files, workers, (len(files), 3, PHOTO, PHOTO)
 
     def decode(self, indices, crop, seed):
-        """Those, uint8 (B, 3, PHOTO, PHOTO), by random numbers of seed and index alone, or a Fault."""
+        """Returns photos, uint8 (B, 3, PHOTO, PHOTO), cropped by seed and index alone, or a Fault."""
         from torchvision.io import decode_image
         images = []
         for i in indices:
@@ -353,22 +352,19 @@ class Photos:
         return torch.stack(images)
 
     def load(self, batches, device, seed=None):
-        """Yields the photos of each of these indices (B,), cropped randomly or, without seed, centrally."""
+        """Yields photos for each batch of indices (B,), cropped randomly or, without seed, centrally."""
         from torchvision.transforms import v2
         crop = v2.Compose([v2.Resize(PHOTO * 256 // 224), v2.CenterCrop(PHOTO)] if seed is None else [
             v2.RandomResizedCrop(PHOTO), v2.RandomHorizontalFlip()])
         warnings.filterwarnings("ignore", "This DataLoader will create")         # more processes than cores
-        ahead, loader = None, torch.utils.data.DataLoader(
+        loader = torch.utils.data.DataLoader(
             range(len(self.files)), batch_sampler=[index.tolist() for index in batches],
             collate_fn=functools.partial(self.decode, crop=crop, seed=seed),
             num_workers=self.workers, pin_memory=str(device) != "cpu")
         for images in loader:
-            if isinstance(images, Fault):            # raised in its own process, it has a traceback
+            if isinstance(images, Fault):            # raised in a worker, it would have a traceback
                 raise images
-            ready, ahead = ahead, images.to(device, non_blocking=True)
-            if ready is not None:
-                yield ready
-        yield ahead
+            yield images.to(device, non_blocking=True)
 
 
 def to_float(images):
@@ -399,14 +395,14 @@ def balanced(labels, count=None):
 
 
 def load_data(args):
-    """The data set that the flags name, as Data on args.device: in args.data_dir as torchvision lays it out,
-    as class folders NAME/{train,test}/<class>/* or, of photos, {train,val}, else downloaded; or in data/."""
+    """The flags' data set, as Data on args.device: from args.data_dir, as torchvision lays it out or in class
+    folders NAME/{train,test}/<class>/* ({train,val}: photos), else downloaded; digits: from data/."""
     name, root = args.dataset, Path(args.data_dir)
     if name == "digits":
         with np.load(Path(__file__).parent / "data" / "digits.npz") as stored:       # grey levels 0 to 16
             x, y = np.rint(stored["images"][:, None] * (255 / 16)).astype(np.uint8), stored["labels"]
         train, test, classes = (x[:-360], y[:-360]), (x[-360:], y[-360:]), [str(d) for d in range(10)]
-    elif (root / name / "train").is_dir():                       # which a failed download must not hide
+    elif (root / name / "train").is_dir():                       # a failed download must not hide it
         found = name in TORCHVISION and read_torchvision(name, root, download=False)
         train, test, classes = found or read_folders(root / name, args.workers, name not in TORCHVISION)
     elif name in TORCHVISION:
@@ -434,14 +430,14 @@ def load_data(args):
 
 
 def read_torchvision(name, root, download):
-    """A known set as torchvision lays it out, and fetches it; without `download` None if it is not whole."""
+    """A known set as torchvision lays it out, fetched if absent; without `download` None if incomplete."""
     if download and name == "svhn" and not importlib.util.find_spec("scipy"):
         raise Fault("svhn is of Matlab files, which torchvision reads by scipy: pip install scipy")
     try:                            # RuntimeError, not ImportError, when torch and torchvision do not match
         import torchvision.datasets
         read = functools.partial(getattr(torchvision.datasets, TORCHVISION[name][0]), str(root))
         splits = [read(s if name == "svhn" else s == "train", download=download) for s in ("train", "test")]
-    except Exception as fault:                                   # of readers that unpickle: of any kind
+    except Exception as fault:                                   # unpickling can raise anything
         if not download:
             return None
         raise Fault(f"{name} is neither in {root / TORCHVISION[name][1]} nor in {root / name}/train/<class>, "
@@ -453,8 +449,7 @@ def read_torchvision(name, root, download):
 
 
 def read_folders(root, workers, photos):
-    """Class folders ROOT/{train,test}/<class>/* of images of one size or, if they may be, ROOT/{train,val}/
-    <class>/* of photos. Only dot files and Thumbs.db are passed over."""
+    """Class folders {train,test}/<class>/* of images of one size or, if allowed, {train,val} of photos."""
     def entries(folder):
         return sorted(e for e in os.listdir(folder) if e[0] != "." and e != "Thumbs.db")
     photos = photos and (root / "val").is_dir() and not any(map(os.path.isdir, (root / "test").glob("*")))
@@ -471,13 +466,16 @@ def read_folders(root, workers, photos):
         splits.append(np.array([*itertools.chain(*files)]))
         labels.append(np.repeat(range(len(files)), [*map(len, files)]))
     train, test = splits if photos else read_images(splits, workers)
-    order = balanced(labels[1])                                  # sorted by class till now
+    order = balanced(labels[1])                                  # till now sorted by class
     return (train, labels[0]), (test[order], labels[1][order]), names[0]
 
 
 def read_images(splits, workers):
-    """uint8 (N, C, H, W) of each list of files, images of one size, by Pillow; C is 1 if all are grey and
-    smaller than photos."""
+    """uint8 (N, C, H, W) of each list of image files, all of one size; C is 1 if all are grey and small."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise Fault("class folders of images of one size need Pillow: pip install pillow") from None
     def read(path):
         try:
             with Image.open(os.fsdecode(path)) as image:
@@ -486,10 +484,6 @@ def read_images(splits, workers):
                 return np.asarray(image.convert("RGB")), image.mode in ("L", "1")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as fault:
             raise Fault(f"{os.fsdecode(path)} cannot be read as an image ({first_line(fault)})") from None
-    try:
-        from PIL import Image
-    except ImportError:
-        raise Fault("class folders of images of one size need Pillow: pip install pillow") from None
     files = np.concatenate(splits)
     with ThreadPoolExecutor(workers) as pool:
         images, grey = zip(*pool.map(read, files))
@@ -497,8 +491,8 @@ def read_images(splits, workers):
         if image.shape != images[0].shape:
             (h, w, _), (h0, w0, _) = image.shape, images[0].shape
             raise Fault(f"{os.fsdecode(path)} has {w}x{h} pixels, the first image {w0}x{h0}: sizes differ")
-    one = all(grey) and min(images[0].shape[:2]) < PHOTO         # networks for photos want colour
-    images = np.stack(images)[..., :1 if one else 3].transpose(0, 3, 1, 2)
+    channels = 1 if all(grey) and min(images[0].shape[:2]) < PHOTO else 3       # photos are in colour
+    images = np.stack(images)[..., :channels].transpose(0, 3, 1, 2)
     return np.split(np.ascontiguousarray(images), [len(splits[0])])
 
 
@@ -534,14 +528,14 @@ def resnet18(width, channels, classes, size):
 
 def vgg16(width, channels, classes, size):
     """VGG-16 with batch norm, convolution biases and one linear layer: the ADMM paper's."""
-    layers, c_in = [], channels
-    for stage, count in ((4, 2), (8, 2), (16, 3), (32, 3), (32, 3)):
+    layers = []
+    for c, count in ((4, 2), (8, 2), (16, 3), (32, 3), (32, 3)):
         for _ in range(count):
-            layers += [conv3x3(c_in, stage * width, bias=True), nn.BatchNorm2d(stage * width), nn.ReLU()]
-            c_in = stage * width
+            layers += [conv3x3(channels, c * width, bias=True), nn.BatchNorm2d(c * width), nn.ReLU()]
+            channels = c * width
         layers.append(nn.MaxPool2d(2))
     return nn.Sequential(OrderedDict(features=nn.Sequential(*layers), pool=nn.AdaptiveAvgPool2d(1),
-                                     flatten=nn.Flatten(), classifier=nn.Linear(c_in, classes)))
+                                     flatten=nn.Flatten(), classifier=nn.Linear(channels, classes)))
 
 
 class WideBlock(nn.Module):
@@ -559,8 +553,7 @@ class WideBlock(nn.Module):
 def wrn28_4(width, channels, classes, size):
     """Wide ResNet 28-4, pre-activation, without the unused extra block that some public copies carry."""
     w = [c * width for c in (1, 4, 8, 16)]
-    return nn.Sequential(OrderedDict(
-        conv1=conv3x3(channels, width),
+    return nn.Sequential(OrderedDict(conv1=conv3x3(channels, w[0]),
         **{f"block{i}": stage for i, stage in enumerate(stages(WideBlock, 4, w), 1)},
         bn1=nn.BatchNorm2d(w[3]), relu=nn.ReLU(), pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(),
         fc=nn.Linear(w[3], classes)))
@@ -570,10 +563,9 @@ def cnn(width, channels, classes, size, convs, linear, padding=1, pool=1):
     """Convolutions (channels at width 16, kernel, stride), perhaps pooled, then linear layers (units)."""
     layers, (h, w) = [], size
     for c, kernel, stride in convs:
-        layers += [nn.Conv2d(channels, -(-c * width // 16), kernel, stride, padding), nn.ReLU()]
+        layers += [nn.Conv2d(channels, channels := -(-c * width // 16), kernel, stride, padding), nn.ReLU()]
         layers += [nn.MaxPool2d(pool)] if pool > 1 else []
         h, w = (((n + 2 * padding - kernel) // stride + 1) // pool for n in (h, w))
-        channels = -(-c * width // 16)
     layers, units = [*layers, nn.Flatten()], channels * h * w
     for n in linear:
         layers += [nn.Linear(units, units := -(-n * width // 16)), nn.ReLU()]
@@ -582,13 +574,13 @@ def cnn(width, channels, classes, size, convs, linear, padding=1, pool=1):
 
 def lenet(width, channels, classes, size):
     """The ADMM paper's LeNets: the padded one (MNIST) for one channel, the unpadded one (CIFAR) for more."""
-    convs, linear, padding = (((32, 5, 1), (64, 5, 1)), (1024,), 2) if channels == 1 else (
-        ((96, 5, 1), (256, 5, 1)), (1920, 1344), 0)
-    return cnn(width, channels, classes, size, convs, linear, padding, pool=2)
+    if channels == 1:
+        return cnn(width, channels, classes, size, ((32, 5, 1), (64, 5, 1)), (1024,), padding=2, pool=2)
+    return cnn(width, channels, classes, size, ((96, 5, 1), (256, 5, 1)), (1920, 1344), padding=0, pool=2)
 
 
-# The first layer is registered first, the classifier last; layers beside a sum are called shortcut or
-# downsample, which stay float in binary_relax.py; channel_groups() says what else is expected.
+# Rules: the first layer is registered first, the classifier last; shortcut layers are named shortcut or
+# downsample (binary_relax.py keeps them float). channel_groups() has more rules.
 NETWORKS = {"resnet18": resnet18, "vgg16": vgg16, "wrn28_4": wrn28_4, "lenet": lenet,         # cnn_*: HYDRA's
             "cnn_small": functools.partial(cnn, convs=((16, 4, 2), (32, 4, 2)), linear=(100,)),
             "cnn_large": functools.partial(cnn, convs=((32, 3, 1), (32, 4, 2), (64, 3, 1), (64, 4, 2)),
@@ -613,7 +605,7 @@ def build_network(arch, width, channels, classes, size, mean=None, std=None):
 
 
 def normalised(model, mean, std):
-    """The model, which is from now on given (x - mean) / std, unless mean is None; its state dict stays."""
+    """The model, from now on fed (x - mean) / std unless mean is None; its state dict does not change."""
     if mean:
         for name, values in dict(mean=mean, std=std).items():
             model.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
@@ -633,10 +625,10 @@ def network_of(args, data):
 
 
 def channel_groups(model):
-    """Channels that stand or fall together, by the network's graph: [(writers, norms, readers)], names of
-    layers. They are the sum of what writers give, {layer: batch norm on it alone, or None}; norms are batch
-    norms on the sum; readers take it in, linear ones as several features a channel. Logits are no group.
-    Activations must give 0 for 0, as ReLU does; Fault where channels are not summed but put side by side."""
+    """Channels to remove together, by the network's graph: [(writers, norms, readers)], names of layers. A
+    group is the sum of its writers' outputs, {layer: batch norm on it alone, or None}; norms are batch norms
+    on the sum; readers take it as input, linear ones as several features a channel. Logits are no group.
+    Activations must map 0 to 0, as ReLU does; Fault where channels are concatenated, not summed."""
     groups, group_of, modules = {}, {}, dict(model.named_modules())                  # group_of: {node: key}
     for node in torch.fx.Tracer().trace(model).nodes:
         layer = modules.get(node.target) if node.op == "call_module" else None
@@ -665,7 +657,7 @@ def channel_groups(model):
 
 
 def without_channels(state, groups, alive):
-    """A state dict of which only the channels `alive`, a boolean (channels,) for each group, are left."""
+    """A state dict reduced to the channels that are `alive`, a boolean (channels,) for each group."""
     state = dict(state)
     for (writers, norms, readers), kept in zip(groups, alive):
         for key, t in state.items():
@@ -679,7 +671,7 @@ def without_channels(state, groups, alive):
 
 
 def resize_(model, state):
-    """Loads that state into the model, whose layers become smaller where the state's weights are."""
+    """Loads the state into the model, first shrinking layers whose weights it has smaller."""
     for name, m in list(model.named_modules()):
         s, *c = getattr(state.get(f"{name}.weight"), "shape", (0,))
         if not s or m.weight.shape == (s, *c):
@@ -706,7 +698,7 @@ def topk_mask(values, ratio):
 
 def parameter_masks(model, masks, filters):
     """{parameter: boolean like it} from {layer: mask of its weight, True where it stays}; where filters are
-    pruned, also of the biases and batch norms of the dead, which would otherwise go on giving constants."""
+    pruned, also for biases and batch norms of dead ones, which would otherwise still output constants."""
     out = {f"{name}.weight": mask for name, mask in masks.items()}
     for writers, norms, _ in channel_groups(model) if filters else ():
         alive = {name: masks[name].flatten(1).any(1) for name in writers}            # (S,)
@@ -724,8 +716,8 @@ def apply_masks_(model, masks):
 
 
 def remove_filters_(model, masks):
-    """Takes the channels that no layer writes, and what reads them, out of the network; its output stays.
-    Returns it, and masks of what is still zero: a filter that is dead where another writes to its channel."""
+    """Removes the channels that no layer writes, and the weights that read them; the output stays the same.
+    Returns the network and masks of what remains zero: dead filters whose channel another layer writes."""
     groups = channel_groups(model)
     alive = [torch.stack([masks[f"{name}.weight"].flatten(1).any(1) for name in writers]).any(0)
              for writers, _, _ in groups]
@@ -747,7 +739,7 @@ def prepare(model, args):
 
 
 def make_optimizer(model, lr, epochs, data, args, adam=False, undecayed=(), rise=0.2):
-    """SGD with Nesterov momentum, or Adam, and its schedule: up to lr in `rise` of the steps, down to 0."""
+    """SGD with Nesterov momentum, or Adam, and its schedule: to lr in `rise` of the steps, then to 0."""
     groups = [dict(params=[*model.parameters()]), dict(params=[*undecayed], weight_decay=0.0)]
     kind, momentum = (torch.optim.Adam, {}) if adam else (torch.optim.SGD, dict(
         momentum=args.momentum, nesterov=args.momentum > 0, fused=True))
@@ -776,7 +768,7 @@ LOSSES = {"ce": lambda logits, y: F.cross_entropy(logits, y, reduction="none"), 
 
 @contextlib.contextmanager
 def frozen(model):
-    """Within it weights take no gradient, which torch.compile would compute; statistics are put back."""
+    """Within it weights get no gradient, which torch.compile would compute; statistics are restored."""
     buffers = [(b, b.clone()) for b in model.buffers()] if any(m.training for m in model.modules()) else []
     weights = [p.requires_grad_(False) for p in model.parameters() if p.requires_grad]
     try:
@@ -793,12 +785,12 @@ def pgd(model, x, y, epsilon, step_size, num_steps, *, loss="ce", random_start=T
     """Projected gradient ascent, l_inf (Madry et al. 2018): x <- clip(x + step_size * sign(grad loss)).
     x (N, C, H, W) in [0, 1], y (N,); epsilon and step_size in that unit. Returns x_adv, like x, within
     epsilon of x and within [0, 1]. FGSM: num_steps=1, step_size=epsilon, random_start=False. loss: 'ce',
-    'margin' or f(logits, y) -> (N,). start: the first iterate, else random. eot: passes that are averaged,
-    for random networks. Weights, .grad, modes and running statistics stay; model.eval() is the caller's. For
-    evaluation: anneal, by which the step falls geometrically to a tenth and a quarter of the last move is
-    added to three quarters of the new one (after APGD, Croce and Hein 2020); broken_at (N,) int: an image
-    leaves the batch at its first misclassified iterate t, which is written there. Fault on pixels outside
-    [0, 1] and gradients not finite; on a GPU, without broken_at, which would wait for it, x_adv is NaN."""
+    'margin' or f(logits, y) -> (N,). start: the first iterate, else random. eot: passes to average over, for
+    random networks. Weights, .grad, modes and running statistics stay; model.eval() is up to the caller. For
+    evaluation: with anneal the step falls geometrically to a tenth, and each move is three quarters new, one
+    quarter the last (after APGD, Croce and Hein 2020); broken_at (N,) int receives an image's first
+    misclassified iterate, at which it leaves the batch. Fault on pixels outside [0, 1] and on gradients that
+    are not finite; on a GPU without broken_at, x_adv is NaN instead, since a check would have to wait."""
     fits, message = ((x >= 0) & (x <= 1)).all(), "a pixel is not in [0, 1], as attacks and networks want it"
     if x.device.type == "cuda":
         torch._assert_async(fits, message)                       # ends the process, and nothing waits for it
@@ -855,8 +847,7 @@ def per_cent(correct):
 
 @contextlib.contextmanager
 def evaluating(*models, seed=0):
-    """Eval mode, no gradients, float32 without TF32, deterministic convolutions, random numbers of their own;
-    all put back afterwards."""
+    """Eval mode, no gradients, no TF32, deterministic convolutions, own random numbers; undone afterwards."""
     modes = [(m, m.training) for model in models for m in model.modules()]
     device, precision = next(models[0].parameters()).device, torch.get_float32_matmul_precision()
     gpu = [device] if device.type == "cuda" else []
@@ -884,7 +875,7 @@ def logits_of(model, x):
 
 
 def fraction_correct(model, x, y, draws):
-    """(N,) float: in how many of so many passes each image is classified correctly, from 0 to 1."""
+    """(N,) float, 0 to 1: the share of `draws` passes that classify each image correctly."""
     return torch.stack([logits_of(model, x).argmax(1) == y for _ in range(draws)]).double().mean(0)
 
 
@@ -907,7 +898,7 @@ def checked(model, images):
 
 
 def batched(images, labels, *more, label="evaluation"):
-    """Yields (x float, y, ...) in batches; what comes after y are views that may be written to."""
+    """Yields (x float, y, ...) in batches; whatever follows y are views that may be written to."""
     size = min(250, max(1, 2**22 // math.prod(images.shape[1:])))        # of photos fewer: they fill memory
     batches = list(zip(images.split(size), labels.split(size), *(m.split(size) for m in more)))
     for x, *rest in progress(batches, label, len(batches)):
@@ -925,11 +916,11 @@ def first_broken_iterate(model, images, generator, *, epsilon, step_size, num_st
             noise = 2 * torch.rand(x.shape, generator=generator, device=x.device) - 1   # drawn for all images
             if i % world() != rank():                            # another process's share
                 continue
-            right = logits_of(model, x).argmax(1) == y
-            first[~right] = -1
-            right &= first > num_steps
+            if not r:
+                first[logits_of(model, x).argmax(1) != y] = -1
+            right = first > num_steps
             if right.any():
-                x, y, at = x[right], y[right], torch.full_like(y[right], num_steps + 1)
+                x, y, at = x[right], y[right], first[right]
                 start = x + epsilon * noise[right] if random_start else x
                 x_adv = pgd(model, x, y, epsilon, step_size, num_steps, loss=loss, start=start, anneal=anneal,
                             broken_at=at)
@@ -940,9 +931,9 @@ def first_broken_iterate(model, images, generator, *, epsilon, step_size, num_st
 
 
 def noisy_verdicts(model, images, generator, *, restarts, losses, **attack):
-    """Of a random network (clean, robust), both (N,) float: in how many of 10 passes each image is classified
-    correctly, clean, and where that is least, of its clean form and the last iterates of all restarts. There
-    10 new passes count: the least of several noisy means lies below the least mean."""
+    """(clean, robust) of a random network, both (N,) float: the share of 10 passes that get each image right,
+    clean and at its worst: the clean form or last iterate of a restart with the lowest share. That one gets
+    10 new passes, since the lowest of several noisy shares is biased downwards."""
     clean = torch.cat([fraction_correct(model, x, y, 10) for x, y in batched(*images, label="clean images")])
     robust = clean.clone()
     for x, y, out in batched(*images, robust, label="attack"):
@@ -963,7 +954,7 @@ def noisy_verdicts(model, images, generator, *, restarts, losses, **attack):
 def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=4, losses=("ce", "margin"),
              random_start=True, anneal=True, eot=10, seed=0, extra_metrics=None):
     """Clean and robust accuracy in per cent over images = (uint8 (N, C, H, W), labels (N,)), in float32.
-    Robust is an image whose clean form and every iterate of every restart are classified correctly; restarts
+    An image is robust if its clean form and every iterate of every restart are classified right; restarts
     take the losses in turn. A random network gets gradients averaged over `eot` passes and noisy_verdicts().
     Returns accuracies, 95 % intervals, images, attack, and what extra_metrics(model, robust (N,)) adds."""
     attack = dict(epsilon=epsilon, step_size=step_size, num_steps=num_steps, restarts=restarts,
@@ -983,8 +974,8 @@ def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=4, losses
 
 
 def sanity_flags(model, images, *, epsilon, step_size, num_steps, anneal=True, eot=10, seed=0):
-    """Sentences on what makes a robust accuracy doubtful (after Carlini et al. 2019, Athalye et al. 2018): of
-    the first 250 images, or the first 100 of a random network, whose randomness is the first sentence."""
+    """Reasons to doubt a robust accuracy (after Carlini et al. 2019, Athalye et al. 2018), as sentences, from
+    the first 250 images or, for a random network, 100; that it is random is then the first sentence."""
     def robust(steps, **attack):
         attack |= dict(num_steps=steps)
         if noisy:
@@ -1058,10 +1049,10 @@ def save_file(path, content):
     if rank():                                                   # rank 0 alone writes
         return
     temporary, came, before = Path(f"{path}.{os.getpid()}.tmp"), [], {}
-    with contextlib.suppress(ValueError):    # in torch.save signals may get lost: later, in the main thread
+    with contextlib.suppress(ValueError):    # torch.save can lose signals: delayed, in the main thread only
         before = {s: signal.signal(s, lambda s, _: came.append(s)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with open(temporary, "wb") as file:              # torch.save writes a path, if given one, inside
+        with open(temporary, "wb") as file:              # given a path, torch.save stores it inside
             torch.save(dict(format=FORMAT, **content), file)
             file.flush()
             os.fsync(file.fileno())
@@ -1195,9 +1186,9 @@ def load_pretrained(model, path, network):
 # ---------------------------------------------------------------- the run
 class Run:
     """One run's output folder: its log, its checkpoint and its result. phases: {name: epochs}, in order.
-    epochs() and compute_once() continue one: `saved` is last.pt until its phase is reached, then None. Until
-    then a continued run passes through main with networks that are not loaded yet: what lies between phases
-    must come from compute_once(), or stand under `if not run.saved`."""
+    epochs() and compute_once() resume one: `saved` is last.pt until its phase is reached, then None. Until
+    then main passes through with networks that are not loaded yet: what lies between phases must come from
+    compute_once(), or stand under `if not run.saved`."""
     active = result = saved = phase = None                       # active: the run that this process is in
     where = ""                                                   # for messages: "pretrain 3/15: "
 
@@ -1206,7 +1197,7 @@ class Run:
         elsewhere = ("output", "resume", "data_dir", "workers", "device")     # may differ when continued
         self.flags = {k: v for k, v in vars(args).items() if k not in elsewhere}
         sizes = {k: f"{k[0]}{v:g}" for k, v in self.flags.items() if k in ("width", "seed", "ratio", "bits")}
-        words = (sizes.get(k, v) for k, v in self.flags.items()      # of other flags, those that are a word
+        words = (sizes.get(k, v) for k, v in self.flags.items()      # of the rest, those that are one word
                  if k in ("dataset", "arch", *sizes) or re.fullmatch("[a-z-]+", str(v)))
         args.output = args.output or f"runs/{'-'.join([self.script, *words])}"
         self.folder = Path(args.output)
@@ -1249,7 +1240,7 @@ class Run:
             raise UsageFault(f"argument --output: {self.folder} holds this run, {state}")
 
     def read_checkpoint(self):
-        """Reads last.pt, where there is one, and returns the flags of the evaluation that are new."""
+        """Reads last.pt, if there is one, and returns the evaluation flags that have changed."""
         path, log = self.folder / "last.pt", self.folder / "log.jsonl"
         if not path.is_file():
             if [*self.folder.glob("*.pt")] or log.is_file() and log.read_bytes().count(b"\n") > 1:
@@ -1329,7 +1320,7 @@ class Run:
             self.epoch, self.where = epoch, f"{phase} {epoch + 1}/{count}: "
             yield epoch
             self.seconds[phase] = self.seconds.get(phase, 0) + time.time() - self.begin
-            self.begin = time.time()                             # what lies between phases is the next one's
+            self.begin = time.time()                             # time between phases is the next one's
             self.save(epoch + 1, stateful)
         self.phase, self.where = None, ""
 
@@ -1344,8 +1335,7 @@ class Run:
             log_size=self.file.tell(), of_data=self.of_data))
 
     def batches(self):
-        """The training batches of one epoch, within epochs() only (elsewhere data.batches); the time to go
-        that a terminal shows is that of all training."""
+        """One epoch's training batches, inside epochs() only; the time to go is shown for all training."""
         size, steps = self.args.batch_size, self.data.steps(self.args.batch_size)
         later = sum([*self.phases.values()][[*self.phases].index(self.phase):]) - self.epoch - 1
         return progress(self.data.batches(size, self.generator), self.where[:-2], steps, later * steps)

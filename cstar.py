@@ -109,14 +109,14 @@ def project(w, rank, hooi=0):
 
 def factorisable(model):
     """{name: layer} to be factorised: all convolutions and linear layers but the first and the classifier."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
-    names = [name for name, m in layers.items() if getattr(m, "groups", 1) == 1]
-    return {name: layers[name] for name in names[1:-1]}
+    layers = [(name, m) for name, m in model.named_modules()
+              if isinstance(m, (nn.Conv2d, nn.Linear)) and getattr(m, "groups", 1) == 1]
+    return dict(layers[1:-1])
 
 
 def cost(shape, rank, places=(1, 1)):
-    """[B] Parameters of a weight of that shape at that rank, None being dense; multiply-accumulates for an
-    image where places = (positions in the layer's input, in its output)."""
+    """[B] Parameters of a weight of that shape at that rank, None being dense; given places = (positions in
+    the layer's input, in its output), multiply-accumulates an image."""
     s, c, k2, (inputs, outputs) = shape[0], shape[1], math.prod(shape[2:]), places
     if rank is None:
         return s * c * k2 * outputs
@@ -176,7 +176,7 @@ def error_table(w):
 
 def chain(w, least, places=(1, 1)):
     """Nested states (cost, relative error, rank) of a layer, from the ranks `least` to dense. Built from full
-    rank down: the rank that goes down by one is the one that loses less energy for what that saves."""
+    rank down: each step lowers by one the rank that loses less energy for the cost saved."""
     table = (error_table(w) / w.double().square().sum().clamp_min(1e-300)).numpy()
     error = lambda rank: float(table[tuple(r - 1 for r in rank)])
     rank, dense = full_rank(w), (cost(w.shape, None, places), 0.0, None)
@@ -222,7 +222,7 @@ def rank_path(weights, places, floor):
 
 def choose_ranks(weights, budget, rule="hull", places=None):
     """[D] Ranks (ro, ri), (r,) or None (dense) for weights {name: (S, C, ...)}: rank_path() as far as the
-    budget goes, so that no rank grows with the ratio. By the rule uniform all of it is the rise."""
+    budget goes, so that no rank grows with the ratio. By rule uniform, it is the rise alone."""
     places = places or dict.fromkeys(weights, (1, 1))
     def state(name, rank):
         """(cost, rank), dense where that costs no more."""
@@ -293,7 +293,7 @@ def factorise_(model, ranks, hooi=0):
             continue
         layer = model.get_submodule(name)
         thin, w = factor_layer(layer, rank).to(layer.weight), layer.weight
-        # Processes could find other signs of the eigenvectors: those of the first one are taken.
+        # Eigenvectors may differ in sign between processes: those of rank 0 are taken.
         *core, a, b = by_rank_0(lambda: [f.cpu() for f in tucker2(w, rank, hooi)])
         for part, factor in zip(thin, (b.T, *core, a)):
             part.weight.copy_(factor.reshape(part.weight.shape))
@@ -313,7 +313,7 @@ def build(artifact):
     return model
 
 
-@torch.compiler.set_stance("force_eager")                            # for these passes alone no compiling
+@torch.compiler.set_stance("force_eager")                            # no compiling for these few passes
 @torch.no_grad()
 def reestimate_batchnorm_(model, batches, count):
     """Running statistics become averages over `count` batches: the cut moved every activation."""

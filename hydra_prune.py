@@ -125,8 +125,8 @@ def phases_of(args):
 
 def prunable(model, scheme):
     """{name: layer} to be pruned: all convolutions and linear layers; of filters, all but the classifier."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
-    return {name: layers[name] for name in list(layers)[:-1 if scheme == "filter" else None]}
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    return dict(layers[:-1] if scheme == "filter" else layers)
 
 
 def first_score(w, scheme):
@@ -149,7 +149,7 @@ def spread(mask, like):
 class Scores(nn.Module):
     """[D] Importance scores s of all weights, or of all filters, and the unmasked values w, both in its
     state. The network itself holds w * m(s), so that attacks, losses and bounds are those of the pruned one.
-    Of a filter, w are the weight and bias of its batch norm, or else its own, and m is not quite 0."""
+    For a filter, w is its batch norm's weight and bias, else its own; a pruned m is not quite 0."""
     PRUNED_FACTOR = {"irregular": 0.0, "filter": 0.001}
     def __init__(self, model, scheme, ratio):
         super().__init__()
@@ -196,7 +196,7 @@ class Scores(nn.Module):
 
 def plain_layers(model):
     """The layers of a chain that ends in a linear one; Fault where no bound is known of one of them."""
-    layers = list(model) if type(model) is nn.Sequential else [model]         # a fork's may compute otherwise
+    layers = list(model) if type(model) is nn.Sequential else [model]         # a subclass may differ
     for layer in layers:
         odd = isinstance(layer, nn.Conv2d) and (layer.padding_mode, type(layer.padding)) != ("zeros", tuple)
         if odd or type(layer) not in (nn.Conv2d, nn.Linear, nn.ReLU, nn.Flatten):
@@ -274,8 +274,8 @@ def margins(layers, boxes, y, slope=None):
 
 
 def symbolic_margins(layers, boxes, y, room=None):
-    """[I] Lower bounds (N, K) of f_y - f_j, after those of all units before a ReLU, some at a time so that
-    tensors hold `room` numbers: to pass a symbol for each pixel and unstable ReLU forward gives the same."""
+    """[I] Lower bounds (N, K) of f_y - f_j, once all units before ReLUs have theirs, a few at a time so that
+    tensors hold `room` numbers. Passing symbols of pixels and unstable ReLUs forward gives the same."""
     room = room or (2**25 if y.is_cuda else 2**22)                   # a GPU wants few and large ones
     boxes, some = list(boxes), max(1, room // max(lower.numel() for lower, _ in boxes))
     for i, layer in enumerate(layers[:-1]):
@@ -293,10 +293,10 @@ def cheap_margins(layers, boxes, y):
 
 
 def verify(model, images, epsilon, robust):
-    """{verified_acc, verified_ci}: images (uint8 (N, C, H, W), labels (N,)) of which the bounds prove, in
+    """{verified_acc, verified_ci} of images (uint8 (N, C, H, W), labels (N,)) for which the bounds prove, in
     float64, that nothing within epsilon changes the class; {} for networks without known bounds. [I] is slow,
-    for cnn_large above all (--eval-images takes fewer): it gets what the others leave of the images that are
-    robust (N,) by the attack's verdict. Fault if any other image is verified: a bound is then wrong."""
+    above all for cnn_large (--eval-images takes fewer): it gets what the others leave open of the images that
+    the attack left robust (N,). Fault if any other image is verified: a bound is then wrong."""
     exact = copy.deepcopy(model).double()
     try:
         layers = plain_layers(exact)

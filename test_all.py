@@ -487,7 +487,7 @@ def test_evaluating_on_the_cpu_puts_a_gpus_random_numbers_back(robust, monkeypat
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: kept.append(devices) or fork([]))
     for used in (False, True):
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: used)
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3 if used else pytest.fail("no GPU is in use"))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3 if used else pytest.fail("none is used"))
         with common.evaluating(robust):
             pass
     assert kept == [[], [3]]
