@@ -23,19 +23,18 @@ The latent weights, the authors' y, are v here; x, y are always image and label.
 
 Sources. The body of 2008.13305 was not available: [A] to [G] are from its authors' code, from Binary-
 Relax's and from EnResNet's. As there, all convolutions but the 1x1 shortcuts are quantised, the first too,
-and in the networks of common.py hidden linear layers; the rest stays float. What differs from
-the authors' code: std is that of each image, theirs runs over the batch, so that an image's logits depend on
-its neighbours; their 2-bit scale is a mean over all weights, zeros too, which is no projection; sign(0) is 1;
-PGD sees batch norm's running statistics, and its iterates do not enter them; evaluated is q of the last v, on
+and in the networks of common.py hidden linear layers; the rest stays float. What differs from the authors'
+code: std is that of each image, theirs runs over the batch, so that an image's logits depend on its
+neighbours; their 2-bit scale is a mean over all weights, zeros too, which is no projection; sign(0) is 1; PGD
+sees batch norm's running statistics, and its iterates do not enter them; evaluated is q of the last v, on
 images that are not cropped, and nothing is selected; SGD is Nesterov's. Noise is on in training, in attacks
-and in evaluation, as theirs. Ours: one cycle of the rate over both phases, not steps; pre-training; and the
-switch after a quarter of the epochs, on digits better at 1 and 2 bits than after three fifths, theirs.
-[F] is not normalised, so that its step is nine times that of --adv-weight 1 --nat-weight 0. A network with
-noise is attacked with EOT, evaluated by the mean over 10 draws (new ones, on the worst of all restarts), and
+and in evaluation, as theirs. Ours: one cycle of the rate over both phases, not steps; and pre-training. [F]
+is not normalised, so that its step is nine times that of --adv-weight 1 --nat-weight 0. A network with noise
+is attacked with EOT, evaluated by the mean over 10 draws (new ones, on the worst of all restarts), and
 flagged as random. In an EnResNet only channels between the two convolutions of a block can be removed, which
 is part of the dead ones.
 
-  python binary_relax.py --dataset digits --bits 2     three minutes of one CPU core, no network
+  python binary_relax.py --dataset digits --bits 2     four minutes of one CPU core, no network
   python binary_relax.py --depth 56 --bits 4           CIFAR-10, En1ResNet56, for a GPU
   python binary_relax.py --depth 56 --bits 4 --pretrain-epochs 0 --relax-epochs 120 --finetune-epochs 80
       --relax-lr 0.1 --batch-size 128 --epsilon 0.031 --step-size 0.007         the authors' length and attack
@@ -58,7 +57,7 @@ from common import (CIFAR, RECIPES, Fault, Run, UsageFault, WideBlock, autocast,
 def get_args(argv=None):
     def adapt(recipe):
         epochs = recipe["compress_epochs"] + recipe["finetune_epochs"]
-        relaxed = round(epochs / 4)                                  # ours; the authors': 120 of 200
+        relaxed = round(0.6 * epochs)                                # the authors': 120 of 200
         arch = recipe["arch"] if recipe["arch"].startswith("imagenet") else "enresnet"
         return dict(arch=arch, width=max(8, recipe["width"]), compress_epochs=relaxed,
                     finetune_epochs=epochs - relaxed)

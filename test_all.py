@@ -1859,7 +1859,7 @@ def test_defaults_are_the_papers_and_the_evaluation_is_stronger_than_the_trainin
         assert [[getattr(a, key) for key in keys] for a in args] == [wanted] * 3
     relax = binary_relax.get_args(["--device=cpu"])
     assert (relax.adv_weight, relax.nat_weight, relax.noise, relax.depth, relax.members) == (8, 1, 0.1, 20, 1)
-    assert (relax.relax_epochs, relax.finetune_epochs, relax.width) == (10, 30, 16)
+    assert (relax.relax_epochs, relax.finetune_epochs, relax.width) == (24, 16, 16)
     assert hydra_prune.get_args(["--device=cpu", "--objective=trades"]).beta == 6
     assert binary_relax.get_args(["--device=cpu", "--adv-weight=0"]).num_steps is None   # nothing reads it
 
