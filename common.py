@@ -148,7 +148,8 @@ def script_parser(doc, script, phase, networks=(), adapt=lambda recipe: {}):
 
 
 def resolve(parser, args, longest_ramp=lambda args: args.pretrain_epochs, **defaults):
-    """Fills in flags not given, from `defaults` or else the recipe; refuses contradictions; seeds torch."""
+    """Fills in flags not given, from `defaults` or else the recipe; refuses contradictions; seeds torch.
+    longest_ramp(args): the epochs that --ramp-epochs may fill."""
     if args.dataset not in RECIPES and args.epsilon is None:
         parser.error(f"argument --dataset: {args.dataset}, none of {', '.join(RECIPES)}, needs --epsilon")
     if args.pretrained and args.pretrain_epochs:
@@ -449,7 +450,8 @@ def read_torchvision(name, root, download):
 
 
 def read_folders(root, workers, photos):
-    """Class folders {train,test}/<class>/* of images of one size or, if allowed, {train,val} of photos."""
+    """Class folders {train,test}/<class>/* of images of one size or, if allowed, {train,val} of photos. Only
+    dot files and Thumbs.db are passed over."""
     def entries(folder):
         return sorted(e for e in os.listdir(folder) if e[0] != "." and e != "Thumbs.db")
     photos = photos and (root / "val").is_dir() and not any(map(os.path.isdir, (root / "test").glob("*")))

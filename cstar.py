@@ -115,8 +115,8 @@ def factorisable(model):
 
 
 def cost(shape, rank, places=(1, 1)):
-    """[B] Parameters of a weight of that shape at that rank, None being dense; given places = (positions in
-    the layer's input, in its output), multiply-accumulates an image."""
+    """[B] Parameters of a weight of that shape at that rank, None being dense; or, given places = (positions
+    in the layer's input, in its output), its multiply-accumulates per image."""
     s, c, k2, (inputs, outputs) = shape[0], shape[1], math.prod(shape[2:]), places
     if rank is None:
         return s * c * k2 * outputs
@@ -222,7 +222,7 @@ def rank_path(weights, places, floor):
 
 def choose_ranks(weights, budget, rule="hull", places=None):
     """[D] Ranks (ro, ri), (r,) or None (dense) for weights {name: (S, C, ...)}: rank_path() as far as the
-    budget goes, so that no rank grows with the ratio. By rule uniform, it is the rise alone."""
+    budget goes, so that no rank grows with the ratio. By "uniform" ranks only rise together."""
     places = places or dict.fromkeys(weights, (1, 1))
     def state(name, rank):
         """(cost, rank), dense where that costs no more."""

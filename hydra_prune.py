@@ -149,7 +149,7 @@ def spread(mask, like):
 class Scores(nn.Module):
     """[D] Importance scores s of all weights, or of all filters, and the unmasked values w, both in its
     state. The network itself holds w * m(s), so that attacks, losses and bounds are those of the pruned one.
-    For a filter, w is its batch norm's weight and bias, else its own; a pruned m is not quite 0."""
+    For a filter, w is its batch norm's weight and bias, or else its own, and m is 0.001 where pruned."""
     PRUNED_FACTOR = {"irregular": 0.0, "filter": 0.001}
     def __init__(self, model, scheme, ratio):
         super().__init__()
@@ -250,7 +250,7 @@ def linear_bounds(layers, boxes, a, d, slope):
             a = a @ layer.weight
         elif isinstance(layer, nn.Conv2d):
             size = zip(lower.shape[2:], layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-            rest = [(n + 2 * p - d * (k - 1) - 1) % s for n, k, s, p, d in size]     # no kernel reached it
+            rest = [(n + 2 * p - e * (k - 1) - 1) % s for n, k, s, p, e in size]     # no kernel reached it
             back = F.conv_transpose2d(a.flatten(0, 1), layer.weight, None, layer.stride, layer.padding, rest,
                                       layer.groups, layer.dilation)
             a = back.unflatten(0, a.shape[:2])

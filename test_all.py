@@ -485,6 +485,7 @@ def test_evaluate_of_a_random_network_is_repeatable_and_says_so(robust, digits, 
 def test_evaluating_on_the_cpu_puts_a_gpus_random_numbers_back(robust, monkeypatch):
     kept, fork = [], torch.random.fork_rng
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: kept.append(devices) or fork([]))
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: None)
     for used in (False, True):
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: used)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 3 if used else pytest.fail("none is used"))
