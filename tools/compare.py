@@ -269,10 +269,12 @@ def draw(table, path):
     for axes, key, name in zip(figure.subplots(1, 2, sharey=True), ("bytes", "time"), (
             "bytes of the file", "time for 128 images, dense = 1")):
         for i, (method, own) in enumerate(methods.items()):
-            color, line = ("black", "x") if method == "dense" else (f"C{i % 10}", "o-")
+            color, mark = ("black", "x") if method == "dense" else (f"C{i % 10}", "o")
             x, y, *bars = zip(*((p[key], p["robust"], *p["bar"]) for p in own))
-            axes.errorbar(x, y, bars, fmt=line, color=color, capsize=2, elinewidth=0.5, linewidth=0.8,
+            axes.errorbar(x, y, bars, fmt=mark, color=color, capsize=2, elinewidth=0.5,
                           label=None if method == "dense" else method)
+            line = [(p[key], p["robust"]) for p in own if "=" not in p["short"]]         # of no other flags
+            axes.plot(*zip(*line), color=color, linewidth=0.8)
         least, most = (f(p[key] for p in points) for f in (min, max))
         if key == "bytes":
             axes.set(xlabel=name, xscale="log", xlim=(least / 1.4, most * 2.2))
