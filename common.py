@@ -1211,6 +1211,7 @@ class Run:
         self.computed, self.seconds, self.begin = {}, {}, time.time()
         labels = data.train[1].cpu().numpy()
         self.of_data = [len(labels), zlib.crc32(labels.tobytes())]       # a continued run has the same
+        meet(dist.barrier)                           # rank 0 may still be writing what it ran before this
         if (self.folder / "result.json").is_file():
             with fitting(self.folder / "result.json", "a run; without it --resume evaluates again"):
                 self.result = json.loads((self.folder / "result.json").read_text())
