@@ -15,7 +15,7 @@ and let ADMM pull the weights towards sparse ones, so that the final cut costs l
   [G]  W <- project(W), the pruned stay zero; then trained on like [A], with a fresh optimizer
   [H]  of filters, W_l is the weight, its bias and the batch norm's scale and shift: all that the cut zeroes;
        which filters stay depends on the weights alone, as in the paper: Z is then not the nearest point
-A column is one of the matrix (filters, C k k): a position (c, i, j) in all filters. The paper's theta is W.
+A column of the matrix (filters, C k k) is a position (c, i, j) in all filters. The paper's theta is W.
 The baselines of --mode have as many epochs: post cuts the dense network at once (appendix A); scratch trains
 one of --target-width; ticket trains what the pruned network kept from the initial values of the dense one.
 
@@ -29,10 +29,10 @@ torch's initial weights (their LeNets': Xavier's), the reading of --mode ticket,
 --group-residual: only with it does a ResNet-18 pruned 16 -> 4 become as small as one of width 4. [G] keeps
 the dense network's running statistics. With our rho, digits' masks hardly move (mask_changed in the log): Z
 is the one-shot cut, faded in; results/README.md has a rho that grows. Why [H]: batch norm undoes the
-shrinking of a whole filter, so that pulling its weights alone prepares no cut. The authors' code does just
-that, and the batch norm's shift lives on: its pruned filters still give constants.
+shrinking of a whole filter, so that pulling its weights alone does not prepare the cut. The authors' code
+does just that, and the batch norm's shift lives on: its pruned filters still give constants.
 
-  python admm_prune.py --dataset digits                one or two minutes of a CPU core, no network
+  python admm_prune.py --dataset digits                one or two minutes of a CPU core, offline
   python admm_prune.py --arch resnet18 --target-width 4                 CIFAR-10, 16 -> 4, for a GPU
   python admm_prune.py --arch resnet18 --target-width 4 --pretrain-epochs 300 --admm-epochs 270
       --admm-interval 9 --finetune-epochs 300 --batch-size 128 --rho 1e-3

@@ -4,11 +4,12 @@ Li, Wang, Xin: An Integrated Approach to Produce Robust Models with High Efficie
 2008.13305. It joins EnResNet (Wang, Yuan, Shi, Osher, NeurIPS 2019, arXiv 1811.10745) with Binary-Relax (Yin,
 Zhang, Lyu, Osher, Qi, Xin, arXiv 1801.06313).
 
-The idea: train float weights, but run the network at a point between them and their quantised values, nearer
-to those every epoch and there at last; adversarially, with noise, and with clean images in the loss too.
+The idea: keep float weights, but run the network at a point between them and their quantised values, which
+moves to the latter with every epoch and ends there. Training is adversarial, with noise, and the loss has a
+term for clean images too.
 
   [A]  f(x) = 1/n sum_i net_i(x);  in net_i, after every residual block,  h <- h + a std(h) N(0, 1)
-  [B]  q = Proj(v) = s c in Q, one scale s >= 0 a tensor, codes c of few values:
+  [B]  q = Proj(v) = s c in Q, one scale s >= 0 per tensor, codes c of few values:
          1 bit    c = sign(v);  s = mean |v|
          2 bits   (ternary) c = sign(v) where |v| >= 0.7 mean |v|, else 0;  s = mean |v| over those kept
          m bits   |c| = min(M, ceil(|v| / s0 - 1/2)), M = 2^(m-1) - 1, s0 = 2 max |v| / (2 M + 1);
@@ -31,10 +32,10 @@ images that are not cropped, and nothing is selected; SGD is Nesterov's. Noise i
 and in evaluation, as theirs. Ours: one cycle of the rate over both phases, not steps; and pre-training. [F]
 is not normalised, so that its step is nine times that of --adv-weight 1 --nat-weight 0. A network with noise
 is attacked with EOT, evaluated by the mean over 10 draws (new ones, on the worst of all restarts), and
-flagged as random. In an EnResNet only channels between the two convolutions of a block can be removed, which
-is part of the dead ones.
+flagged as random. In an EnResNet only channels between the two convolutions of a block can be removed, a part
+of the dead ones.
 
-  python binary_relax.py --dataset digits --bits 2     four minutes of one CPU core, no network
+  python binary_relax.py --dataset digits --bits 2     four minutes of one CPU core, offline
   python binary_relax.py --depth 56 --bits 4           CIFAR-10, En1ResNet56, for a GPU
   python binary_relax.py --depth 56 --bits 4 --pretrain-epochs 0 --relax-epochs 120 --finetune-epochs 80
       --relax-lr 0.1 --batch-size 128 --epsilon 0.031 --step-size 0.007         the authors' length and attack

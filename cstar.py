@@ -10,7 +10,7 @@ weights towards that form while they train on adversarial images, so that the fi
   [B]  W = G x_1 A x_2 B,  G (ro, ri, k, k), A (S, ro), B (C, ri);     parameters  C ri + k k ro ri + S ro
   [C]  E(ro, ri) = ||W||^2 - sum of squares of the leading ro x ri block of the full HOSVD core
   [D]  ranks of all layers, chosen once, of the pre-trained W: small sum_l E_l / ||W_l||^2 (greedy, inexact),
-       all parameters <= total / ratio; 3 % of each full rank come first, and a layer may stay dense
+       all parameters <= total / ratio; each layer first gets 3 % of its full rank; it may stay dense
   [E]  W <- SGD on  loss(f_W(x_adv), y) + rho/2 sum_l ||W_l - Z_l + U_l||^2
   [F]  Z <- project(W + U)          after every epoch: truncated HOSVD, --hooi N sweeps on top
   [G]  U <- U + W - Z               then: scaled dual
@@ -18,17 +18,18 @@ weights towards that form while they train on adversarial images, so that the fi
        clean and then on attacked images; then fine-tuned like [A], the factors being free
 S, C, k: output and input channels, kernel. A 1x1 kernel or linear layer is a matrix: two factors, one rank.
 
-Sources. Of the paper only abstracts and an extract were available: global ranks, Tucker-2 projection (its
-Algorithm 1, for its Eqn. 12; here [F]), ratios 2 to 64, 8/255 in steps of 2/255. [B], [E] to [H] follow the
-group's ADMM code (Yin et al., CVPR 2021). It has clean images, updates before an epoch, up to 100 HOOI
-sweeps, rho 1e-3, dense 1x1 shortcuts, fine-tuning at 1/20 of the rate, no new statistics in [H]. Ours: [A] as
-written, [C], [D], those statistics, rates, epochs, Nesterov, --budget macs.
+Sources. Of the paper only abstracts and an extract were available. They give global ranks, Tucker-2
+projection (its Algorithm 1, for its Eqn. 12; here [F]), ratios 2 to 64, 8/255 in steps of 2/255. [B], [E]
+to [H] follow the group's ADMM code (Yin et al., CVPR 2021), which trains on clean images, updates before an
+epoch, takes up to 100 HOOI sweeps and rho 1e-3, keeps 1x1 shortcuts dense, fine-tunes at 1/20 of the rate
+and estimates no new statistics in [H]. Ours: [A] as written, [C], [D], those statistics, rates, epochs,
+Nesterov, --budget macs.
 
-  python cstar.py --dataset digits                     one or two minutes of a CPU core, no network
+  python cstar.py --dataset digits                     one or two minutes of a CPU core, offline
   python cstar.py --arch resnet18 --ratio 16           CIFAR-10 at full width, for a GPU (not run there)
 The second with one attack step and 10 + 3 + 5 epochs took 153 minutes and 5.6 GB on two CPU cores: clean /
-robust % of the dense 44.7 MB 76.0 / 38.3, of 2.8 MB 74.9 / 37.5 (results/README.md). By its abstract the
-paper leads robust structured pruning by up to +20.07 / +11.91 (CIFAR-10), +8.58 / +4.27 (ImageNet, ratio 16).
+robust % of the dense 44.7 MB 76.0 / 38.3, of 2.8 MB 74.9 / 37.5 (results/README.md). By its abstract
+CSTAR leads robust structured pruning by up to +20.07 / +11.91 (CIFAR-10), +8.58 / +4.27 (ImageNet, ratio 16).
 """
 import copy
 import math
