@@ -184,7 +184,7 @@ class ADMM:
     @torch.no_grad()
     def update(self):
         """[E], [F], rho; returns the relative residual ||W - Z|| / ||W|| of all parameters together, and how
-        many entries of the masks changed, in per cent; a swap of units counts twice: at most 200 / ratio."""
+        many entries of the masks changed, in per cent; a swap of units counts twice: about 200 / ratio at most."""
         moved = {name: w + self.u[name] for name, w in self.weights.items()}
         before, self.masks = self.masks, self.choose(moved)
         factor = max(1.0, min(self.growth, self.rho_max / self.rho))

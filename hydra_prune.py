@@ -51,6 +51,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from common import (RECIPES, Fault, Run, apply_masks_, autocast, build_network, channel_groups, cli,
                     evaluating, interval, load_data, load_pretrained, make_optimizer, meet, network_of,
@@ -101,10 +102,13 @@ def get_args(argv=None):
             parser.error(f"argument --objective: {args.objective} is for --arch cnn_small and cnn_large")
         if args.amp == "on" or args.compile:
             parser.error(f"argument --objective: {args.objective} trains in float32, without torch.compile")
-        args.amp, torch.backends.cudnn.allow_tf32 = "off", False     # bounds need all digits
+        args.amp = "off"
+    torch.backends.cudnn.allow_tf32 = args.objective not in BOUNDED  # bounds need all digits
+    unread = [] if args.objective in ("pgd", "trades") else ["step_size", "num_steps"]
+    unread += ["ramp_epochs"] if args.objective in ("natural", "smooth") else []
+    parser.refuse(args, f"with --objective {args.objective}", *unread)
     args = resolve(parser, args, **own, **defaults)
-    if args.objective not in ("pgd", "trades"):
-        args.step_size = args.num_steps = None                       # nothing reads them
+    vars(args).update(dict.fromkeys(unread))
     args.momentum = None if args.objective in BOUNDED else args.momentum
     if not phases_of(args)["finetune"]:
         parser.refuse(args, "without epochs of fine-tuning", "finetune_lr")
@@ -149,8 +153,8 @@ def spread(mask, like):
 class Scores(nn.Module):
     """[D] Importance scores s of all weights, or of all filters, and the unmasked values w, both in its
     state. The network itself holds w * m(s), so that attacks, losses and bounds are those of the pruned one.
-    For a filter, w is its batch norm's weight and bias, or else its own, and m is 0.001 where pruned."""
-    PRUNED_FACTOR = {"irregular": 0.0, "filter": 0.001}
+    For a filter, w is its batch norm's weight and bias, or else its own, and m is small where pruned: 0.001
+    or, as a batch norm on a sum would amplify a channel that all writers lost, 1e-6."""
     def __init__(self, model, scheme, ratio):
         super().__init__()
         self.scheme, self.ratio, self.layers, self.carriers = scheme, ratio, prunable(model, scheme), []
@@ -160,8 +164,9 @@ class Scores(nn.Module):
         for i, (name, layer) in enumerate(self.layers.items()):
             last = layer if scheme == "irregular" or not norms[name] else model.get_submodule(norms[name])
             own = [last.weight] if scheme == "irregular" or last.bias is None else [last.weight, last.bias]
-            self.carriers.append([(p, f"w{i}_{j}") for j, p in enumerate(own)])      # what m multiplies
-            for p, buffer in self.carriers[i]:
+            small = 0.0 if scheme == "irregular" else 1e-6 if last is layer else 0.001
+            self.carriers.append([(p, f"w{i}_{j}", small) for j, p in enumerate(own)])   # what m multiplies
+            for p, buffer, _ in self.carriers[i]:
                 self.register_buffer(buffer, p.detach().clone())
 
     def masks(self):
@@ -176,9 +181,9 @@ class Scores(nn.Module):
         """[B] Sets what the network holds to w * m(s)."""
         for s, carriers in zip(self.s, self.carriers):
             mask = choose_mask(s, self.ratio)
-            for p, buffer in carriers:
+            for p, buffer, small in carriers:
                 w = getattr(self, buffer)
-                p.copy_(torch.where(spread(mask, p), w, self.PRUNED_FACTOR[self.scheme] * w))
+                p.copy_(torch.where(spread(mask, p), w, small * w))
 
     @torch.no_grad()
     def collect_gradients_(self):
@@ -186,7 +191,7 @@ class Scores(nn.Module):
         filter, whose entries have one m, their sum."""
         for s, carriers in zip(self.s, self.carriers):
             s.grad = torch.zeros_like(s)
-            for p, buffer in carriers:
+            for p, buffer, _ in carriers:
                 each = getattr(self, buffer) * p.grad
                 s.grad += s.sign() * (each if s.shape == p.shape else each.flatten(1).sum(1))
                 p.grad = None
@@ -259,7 +264,8 @@ def linear_bounds(layers, boxes, a, d, slope):
             line = up / (up - low).clamp_min(torch.finfo(up.dtype).tiny)
             offset, line = (line * -low).flatten(1)[:, :, None], line[:, None]
             d = d + (a.clamp(max=0).flatten(2) @ offset)[:, :, 0]
-            gap = gap + (a.abs().flatten(2) @ offset)[:, :, 0]
+            if slope == "line":
+                gap = gap + (a.abs().flatten(2) @ offset)[:, :, 0]
             below = line if slope == "line" else (line > 0.5 if slope == "half" else line == 1).to(line)
             a = a.clamp(min=0) * below + a.clamp(max=0) * line
     a, (lower, upper) = a.flatten(2), (end.flatten(1)[:, :, None] for end in boxes[0])
@@ -282,7 +288,9 @@ def symbolic_margins(layers, boxes, y, room=None):
         if isinstance(layer, nn.ReLU) and i > 1:                     # [G] is exact for one layer
             shape, units = boxes[i][0].shape[1:], torch.arange(boxes[i][0][0].numel(), device=y.device)
             rows = ((a[:, None] == units).to(boxes[i][0]).view(1, -1, *shape) for a in units.split(some))
-            ends = zip(*(linear_bounds(layers[:i], boxes, a, 0, "line") for a in rows))
+            # Without checkpoint() training would keep the tensors of all parts: 30 GB by cnn_large.
+            ends = zip(*(checkpoint(linear_bounds, layers[:i], boxes[:i], a, 0, "line", use_reentrant=False,
+                                    preserve_rng_state=False) for a in rows))
             boxes[i] = [torch.cat(end, 1).view(-1, *shape) for end in ends]
     return margins(layers, boxes, y, "line")
 

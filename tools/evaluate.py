@@ -117,7 +117,7 @@ def certify(model, image, generator, *, sigma, draws, selection=100, alpha=0.001
         for size in [most] * (n // most) + [n % most] * (n % most > 0):
             noise = torch.randn((size, *image.shape), generator=generator, device=image.device)
             noisy = (image + sigma * noise).contiguous(memory_format=torch.channels_last)      # never clamped
-            total += model(noisy).argmax(1).bincount(minlength=classes)
+            total += logits_of(model, noisy).argmax(1).bincount(minlength=classes)
         return total
     best = int(votes(selection).argmax())
     p = clopper_pearson(int(votes(draws)[best]), draws, alpha)
