@@ -184,7 +184,7 @@ class ADMM:
     @torch.no_grad()
     def update(self):
         """[E], [F], rho; returns the relative residual ||W - Z|| / ||W|| of all parameters together, and how
-        many entries of the masks changed, in per cent; a swap of units counts twice: about 200 / ratio at most."""
+        many entries of the masks changed, in per cent, at most about 200 / ratio: a swap counts twice."""
         moved = {name: w + self.u[name] for name, w in self.weights.items()}
         before, self.masks = self.masks, self.choose(moved)
         factor = max(1.0, min(self.growth, self.rho_max / self.rho))
@@ -275,7 +275,7 @@ def main(argv=None):
     if run.result:
         return run.result
     initial = run.compute_once("initial", lambda: {} if args.pretrained or args.mode != "admm" else
-                               {name: t.clone() for name, t in model.state_dict().items()}, dict)
+                               {name: t.clone() for name, t in model.state_dict().items()})
     model = prepare(model, args)
     layers = prunable(model)
 
@@ -321,7 +321,7 @@ def main(argv=None):
             save_model(run.folder / "ticket.pt", run.script, "ticket", network, first, args, masks=masks,
                        scheme=args.scheme, ratio=args.ratio)
         return masks
-    masks = {n: m.to(args.device) for n, m in run.compute_once("masks", choose_and_save_ticket, dict).items()}
+    masks = {n: m.to(args.device) for n, m in run.compute_once("masks", choose_and_save_ticket).items()}
     if ticket:
         model.load_state_dict(ticket["state"])
     apply_masks_(model, masks)                                       # [G]

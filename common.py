@@ -1,5 +1,9 @@
 """What the four scripts share; nothing here belongs to one paper. They import this file, which knows none of
-them and is never run. A network maps images in [0, 1], (N, C, H, W), to logits."""
+them and is never run. A network maps images in [0, 1], (N, C, H, W), to logits.
+
+From top to bottom: faults and flags, several processes, data (load_data), networks (build_network), smaller
+networks, training, the attack (pgd), evaluation (evaluate, sanity_flags), files (load_model), the run (Run).
+"""
 import argparse
 import contextlib
 import functools
@@ -44,7 +48,6 @@ RECIPES = {
     "cifar10": CIFAR, "cifar100": CIFAR, "svhn": CIFAR | dict(lr=0.1),
     "imagenet": CIFAR | dict(arch="imagenet_resnet18", lr=0.1, weight_decay=1e-4, epsilon=4 / 255,
                              num_steps=3)}
-AUGMENTATION = {"svhn": dict(crop=4), "cifar10": dict(crop=4, flip=True), "cifar100": dict(crop=4, flip=True)}
 FORMAT = 2                                                       # of all files; 1: other bit maps
 PHOTO = 224                                                      # networks get photos of 224 x 224 pixels
 CLEAR = "\r\033[K"                                               # wipes progress()'s line off the terminal
@@ -114,7 +117,6 @@ def script_parser(doc, script, phase, networks=(), adapt=lambda recipe: {}):
     run.add_argument("--workers", type=whole(1, 256), default=min(8, os.cpu_count() or 1),
                      help="threads that decode images; for photos, processes")
     run.add_argument("--train-images", type=whole(0), default=0, help="balanced subset to train on; 0 is all")
-    run.add_argument("--eval-images", type=whole(0), help="the same of the test set (default: 1000 on a CPU)")
     run.add_argument("--arch", choices=(*networks, *NETWORKS))
     run.add_argument("--width", type=whole(1, 64), help="16 is the standard network")
     run.add_argument("--seed", type=whole(0), default=0)
@@ -139,11 +141,11 @@ def script_parser(doc, script, phase, networks=(), adapt=lambda recipe: {}):
     attack.add_argument("--step-size", type=radius)
     attack.add_argument("--num-steps", type=whole(0, 10000), help="PGD steps in training")
     attack.add_argument("--ramp-epochs", type=whole(0, 10000), help="first epochs, in which the radius grows")
-    attack.add_argument("--eval-steps", type=whole(1, 10000), default=50,
-                        help="PGD steps in evaluation (default: 50; with noise 20)")
-    attack.add_argument("--eval-step-size", type=radius, help="the first one (default: epsilon)")
-    attack.add_argument("--restarts", type=whole(1, 1000), default=4,
-                        help="in evaluation, losses in turn (default: 4)")
+    judge = parser.add_argument_group("evaluation")
+    judge.add_argument("--eval-images", type=whole(0), help="as --train-images (default: 1000 on a CPU)")
+    judge.add_argument("--eval-steps", type=whole(1, 10000), default=50, help="default: 50; with noise 20")
+    judge.add_argument("--eval-step-size", type=radius, help="the first one (default: epsilon)")
+    judge.add_argument("--restarts", type=whole(1, 1000), default=4, help="losses in turn (default: 4)")
     return parser
 
 
@@ -188,19 +190,6 @@ def check_device(name):
     return name
 
 
-def bfloat16_is_fast(device):
-    """Whether the hardware multiplies bfloat16 itself: training is then faster than in float32."""
-    if device != "cpu":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    features = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")        # absent in some builds of torch
-    return any(getattr(torch.cpu, feature, bool)() for feature in features)
-
-
-def autocast(args):
-    """bfloat16 products in training where --amp says so; evaluation is always in float32."""
-    return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.amp)
-
-
 def progress(items, label, total, later=0):
     """Iterates over items; a terminal shows progress and the time left for them and `later` more."""
     begin, terminal = time.time(), sys.stderr.isatty() and rank() == 0
@@ -219,9 +208,8 @@ def cli(main):
         join()                                                       # first: it blocks signal handlers
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))    # None: `2>&-`
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):                           # a path may hold unprintable characters
-            stream.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):                           # a path may hold unprintable characters
+        sys.stdout.reconfigure(errors="backslashreplace")            # as stderr has it
     status = message = None
     try:
         try:
@@ -241,7 +229,7 @@ def cli(main):
             more = f"; the last finished epoch is kept. To continue: {command}" if Run.active else ""
             message = f"stopped{more}"
     except Exception as fault:
-        status, of_memory = 1, re.search("of mem|ate mem|ALLOC_F|worker .pi", str(fault))
+        status, of_memory = 1, re.search("of mem|ate mem|ALLOC_F|worker .*(Killed|Bus)", str(fault))
         if isinstance(fault, MemoryError) or isinstance(fault, RuntimeError) and of_memory:
             message = "out of memory; smaller --batch-size, --width, --eval-images, --workers may help"
         elif dist.is_initialized():                                  # a bug: printed, then ended as below
@@ -303,6 +291,7 @@ def by_rank_0(compute):
 # ---------------------------------------------------------------- data
 TORCHVISION = {"mnist": ("MNIST", "MNIST/raw"), "cifar10": ("CIFAR10", "cifar-10-batches-py"),
                "cifar100": ("CIFAR100", "cifar-100-python"), "svhn": ("SVHN", "train_32x32.mat")}
+AUGMENTATION = {"svhn": dict(crop=4), "cifar10": dict(crop=4, flip=True), "cifar100": dict(crop=4, flip=True)}
 
 
 class Data:
@@ -338,16 +327,12 @@ class Photos:
 
     def decode(self, indices, crop, seed):
         """Returns photos, uint8 (B, 3, PHOTO, PHOTO), cropped by seed and index alone, or a Fault."""
-        from torchvision.io import decode_image
         images = []
         for i in indices:
-            path = os.fsdecode(self.files[i])
             try:
-                image = decode_image(torch.from_numpy(np.fromfile(path, np.uint8)), "RGB")
-                if image.dtype != torch.uint8 or image.dim() != 3:
-                    raise ValueError("it is not one image of 8 bits a channel")
-            except (OSError, RuntimeError, ValueError) as fault:
-                return Fault(f"{path} cannot be read as an image ({first_line(fault)})")
+                image = torch.from_numpy(read_image(self.files[i])[0]).permute(2, 0, 1)
+            except Fault as fault:               # raised in a worker, it would have a traceback
+                return fault
             torch.default_generator.manual_seed(zlib.crc32(f"{seed} {i}".encode()))
             images.append(crop(image))
         return torch.stack(images)
@@ -363,7 +348,7 @@ class Photos:
             collate_fn=functools.partial(self.decode, crop=crop, seed=seed),
             num_workers=self.workers, pin_memory=str(device) != "cpu")
         for images in loader:
-            if isinstance(images, Fault):            # raised in a worker, it would have a traceback
+            if isinstance(images, Fault):
                 raise images
             yield images.to(device, non_blocking=True)
 
@@ -374,17 +359,16 @@ def to_float(images):
 
 
 def augment(x, crop, flip, generator):
-    """A random crop and a random horizontal flip of every image of x (B, C, H, W), as one gather."""
-    if not crop and not flip:
-        return x
-    b, c, h, w = (torch.arange(n, device=x.device) for n in x.shape)
-    dy, dx = torch.randint(0, 2 * crop + 1, (2, len(b), 1), generator=generator, device=x.device)
-    rows, cols = dy + h, dx + w                                  # (B, H), (B, W)
+    """A random crop and a random horizontal flip of every image of x (B, C, H, W)."""
+    b, _, h, w = x.shape
+    if crop:
+        dy, dx = torch.randint(0, 2 * crop + 1, (2, b), generator=generator, device=x.device)
+        views = F.pad(x, (crop,) * 4).unfold(2, h, 1).unfold(3, w, 1)        # (B, C, offset, offset, H, W)
+        x = views[torch.arange(b, device=x.device), :, dy, dx]
     if flip:
-        mirrored = torch.rand(len(b), 1, generator=generator, device=x.device) < 0.5
-        cols = torch.where(mirrored, cols.flip(1), cols)
-    return F.pad(x, (crop,) * 4)[b[:, None, None, None], c[:, None, None],
-                                 rows[:, None, :, None], cols[:, None, None]]
+        mirrored = torch.rand(b, 1, 1, 1, generator=generator, device=x.device) < 0.5
+        x = torch.where(mirrored, x.flip(3), x)
+    return x
 
 
 def balanced(labels, count=None):
@@ -472,23 +456,25 @@ def read_folders(root, workers, photos):
     return (train, labels[0]), (test[order], labels[1][order]), names[0]
 
 
+def read_image(path):
+    """An image file as uint8 (H, W, 3), and whether it is grey; Fault unless it has 8 bits a channel."""
+    from PIL import Image
+    path = os.fsdecode(path)
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"its mode is {image.mode}, not 8 bits a channel")
+            return np.array(image.convert("RGB")), image.mode in ("L", "1")
+    except Exception as fault:                                   # a damaged file can raise anything
+        reason = first_line(fault).replace(f" {path!r}", "")
+        raise Fault(f"{path} cannot be read as an image ({reason})") from None
+
+
 def read_images(splits, workers):
     """uint8 (N, C, H, W) of each list of image files, all of one size; C is 1 if all are grey and small."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise Fault("class folders of images of one size need Pillow: pip install pillow") from None
-    def read(path):
-        try:
-            with Image.open(os.fsdecode(path)) as image:
-                if image.mode[0] in "IF":
-                    raise ValueError(f"its mode is {image.mode}, not 8 bits a channel")
-                return np.asarray(image.convert("RGB")), image.mode in ("L", "1")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as fault:
-            raise Fault(f"{os.fsdecode(path)} cannot be read as an image ({first_line(fault)})") from None
     files = np.concatenate(splits)
     with ThreadPoolExecutor(workers) as pool:
-        images, grey = zip(*pool.map(read, files))
+        images, grey = zip(*pool.map(read_image, files))
     for path, image in zip(files, images):
         if image.shape != images[0].shape:
             (h, w, _), (h0, w0, _) = image.shape, images[0].shape
@@ -626,6 +612,7 @@ def network_of(args, data):
     return network | (dict(mean=args.mean, std=args.std) if args.mean else {})
 
 
+# ---------------------------------------------------------------- smaller networks
 def channel_groups(model):
     """Channels to remove together, by the network's graph: [(writers, norms, readers)], names of layers. A
     group is the sum of its writers' outputs, {layer: batch norm on it alone, or None}; norms are batch norms
@@ -690,10 +677,8 @@ def resize_(model, state):
 
 def topk_mask(values, ratio):
     """Boolean (n,), True for exactly ceil(n / ratio) of values (n,): the largest, the first among equals."""
-    kept = math.ceil(len(values) / Fraction(ratio).limit_denominator(10**6))
-    # The faster one: on a GPU kthvalue() uses a single block of threads, on a CPU topk() moves more.
-    least = (values.topk(kept, sorted=False).values.amin() if values.is_cuda else
-             values.kthvalue(len(values) + 1 - kept).values)
+    kept = math.ceil(len(values) / Fraction(ratio).limit_denominator(10**6))     # floats: 65 / (13 / 3) > 15
+    least = values.topk(kept, sorted=False).values.amin()        # kthvalue() is slow on a GPU
     above, equal = values > least, values == least
     return above | equal & (equal.cumsum(0) <= kept - above.sum())
 
@@ -725,6 +710,19 @@ def remove_filters_(model, masks):
              for writers, _, _ in groups]
     left = without_channels(masks, groups, alive)
     return resize_(model, without_channels(model.state_dict(), groups, alive)), left
+
+
+# ---------------------------------------------------------------- training
+def bfloat16_is_fast(device):
+    """Whether the hardware multiplies bfloat16 itself: training is then faster than in float32."""
+    if device != "cpu":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def autocast(args):
+    """bfloat16 products in training where --amp says so; evaluation is always in float32."""
+    return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.amp)
 
 
 def prepare(model, args):
@@ -852,13 +850,11 @@ def evaluating(*models, seed=0):
     """Eval mode, no gradients, no TF32, deterministic convolutions, own random numbers; undone afterwards."""
     modes = [(m, m.training) for model in models for m in model.modules()]
     device, precision = next(models[0].parameters()).device, torch.get_float32_matmul_precision()
-    gpu = [device] if device.type == "cuda" else []
-    if not gpu and torch.cuda.is_initialized():                      # manual_seed() below seeds it too
-        gpu = [torch.cuda.current_device()]
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()   # manual_seed() seeds all
     try:
         nn.ModuleList(models).eval()
         torch.set_float32_matmul_precision("highest")
-        with torch.no_grad(), torch.random.fork_rng(gpu), torch.backends.cudnn.flags(
+        with torch.no_grad(), torch.random.fork_rng(gpus), torch.backends.cudnn.flags(
                 enabled=True, deterministic=True, allow_tf32=False):
             torch.manual_seed(seed)
             yield torch.Generator(device).manual_seed(seed)
@@ -939,17 +935,17 @@ def noisy_verdicts(model, images, generator, *, restarts, losses, **attack):
     clean = torch.cat([fraction_correct(model, x, y, 10) for x, y in batched(*images, label="clean images")])
     robust = clean.clone()
     for x, y, out in batched(*images, robust, label="attack"):
-        hope = out > 0
-        if not hope.any():                                           # never right: these are not attacked
+        attacked = out > 0                                           # the others are never right as it is
+        if not attacked.any():
             continue
-        x, y, least = x[hope], y[hope], out[hope]
+        x, y, least = x[attacked], y[attacked], out[attacked]
         worst = x.clone()
         for _, loss in zip(range(restarts), itertools.cycle(losses)):
             x_adv = pgd(model, x, y, loss=loss, generator=generator, **attack)
             found = fraction_correct(model, x_adv, y, 10)
             worst[found < least] = x_adv[found < least]
             least = least.minimum(found)
-        out[hope] = fraction_correct(model, worst, y, 10)
+        out[attacked] = fraction_correct(model, worst, y, 10)
     return clean, robust
 
 
@@ -978,11 +974,11 @@ def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=4, losses
 def sanity_flags(model, images, *, epsilon, step_size, num_steps, anneal=True, eot=10, seed=0):
     """Reasons to doubt a robust accuracy (after Carlini et al. 2019, Athalye et al. 2018), as sentences, from
     the first 250 images or, for a random network, 100; that it is random is then the first sentence."""
-    def robust(steps, **attack):
-        attack |= dict(num_steps=steps)
+    def robust(**attack):
         if noisy:
             return evaluate(model, images, restarts=1, eot=eot, seed=seed, **attack)["robust_acc"]
-        return per_cent(first_broken_iterate(model, images, generator.manual_seed(seed), **attack) > steps)
+        first = first_broken_iterate(model, images, generator.manual_seed(seed), **attack)
+        return per_cent(first > attack["num_steps"])
     with evaluating(model, seed=seed) as generator:
         images, noisy = checked(model, images), is_random(model, images[0])
         images = [t[:100 if noisy else 250] for t in images]
@@ -994,16 +990,16 @@ def sanity_flags(model, images, *, epsilon, step_size, num_steps, anneal=True, e
                 loss = F.cross_entropy(model(x.requires_grad_()), y, reduction="sum")
                 zero.append(torch.autograd.grad(loss, x)[0].flatten(1).abs().amax(1) == 0)
         zero = per_cent(torch.cat(zero))
-        own = dict(epsilon=epsilon, step_size=step_size, anneal=anneal)
-        found, twice = robust(num_steps, **own), robust(2 * num_steps, **own)
-        fgsm = robust(1, epsilon=epsilon, step_size=epsilon, random_start=False)
+        own = dict(epsilon=epsilon, step_size=step_size, num_steps=num_steps, anneal=anneal)
+        found, twice = robust(**own), robust(**own | dict(num_steps=2 * num_steps))
+        fgsm = robust(epsilon=epsilon, step_size=epsilon, num_steps=1, random_start=False)
         for x, y in batched(*images):
             bits = (torch.randint(0, 2, x.shape, generator=generator, device=x.device) for _ in range(20))
             corners = ((x + epsilon * (b * 2 - 1)).clamp(0, 1) for b in bits)
             right.append(torch.stack([fraction_correct(model, c, y, 10 if noisy else 1) for c in corners], 1))
         right = torch.cat(right)     # (N, 20): a noisy network's own mistakes would add up over the 20 passes
         noise = min(map(per_cent, right.T)) if noisy else per_cent((right == 1).all(1))
-        far = robust(num_steps, epsilon=1.0, step_size=1.0)
+        far = robust(epsilon=1.0, step_size=1.0, num_steps=num_steps)
     return [sentence for raised, sentence in (
         (noisy, "random output, expected of a network with noise: two passes over one image differ"),
         (not noisy and (alone - logits[:32]).abs().max() > 1e-4 * logits.abs().max(),
@@ -1076,14 +1072,15 @@ def read_file(path, own=True, **kinds):
         if (own or zipfile.is_zipfile(path)) and zipfile.ZipFile(path).testzip():
             raise zipfile.BadZipFile                             # torch.load checks no checksum
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if own and not (content["format"] == FORMAT and all(isinstance(content[k], kinds[k]) for k in kinds)):
-            raise ValueError(f"format {content['format']}, wanted: {FORMAT}")
+        lacks = [k for k in kinds if not isinstance(content.get(k), kinds[k])]
+        if own and (lacks or content["format"] != FORMAT):
+            raise ValueError(f"format {content['format']}, wanted: {FORMAT}; lacks: {', '.join(lacks)}")
         return content
     except FileNotFoundError:
         raise Fault(f"there is no file {path}") from None
     except Exception as fault:                                   # unpickling can raise anything
         reason = first_line(fault) if type(fault) is ValueError else type(fault).__name__
-        what = "not a file of these scripts" if own else "holds more than tensors, which could run code"
+        what = "not the file wanted here" if own else "holds more than tensors, which could run code"
         raise Fault(f"{path} is damaged or {what} ({reason})") from None
 
 
@@ -1107,8 +1104,8 @@ def fitting(path, what="the network it names"):
     """Turns the errors of content that does not fit into a Fault."""
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, zlib.error,
-            argparse.ArgumentTypeError) as fault:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError,
+            zlib.error) as fault:
         raise Fault(f"{path} does not fit {what} ({first_line(fault)})") from None
 
 
@@ -1123,8 +1120,6 @@ def read_artifact(path):
         sizes = [math.prod(shape) for shape in shapes.values()]
         packed = zlib.decompressobj().decompress(artifact["bits"].numpy().tobytes(), sum(sizes) // 8 + 1)
         kept = torch.from_numpy(np.unpackbits(np.frombuffer(packed, np.uint8), count=sum(sizes)).astype(bool))
-        if int(kept.sum()) != len(values):
-            raise ValueError(f"{len(values)} values for {int(kept.sum())} places")
         tensors = torch.zeros(len(kept), dtype=values.dtype).masked_scatter_(kept, values).split(sizes)
         state = {name: t.view(shapes[name]) for name, t in zip(shapes, tensors)}
         state |= {name: torch.tensor(count) for name, count in artifact["counters"].items()}
@@ -1137,7 +1132,8 @@ def read_model(path):
     script, network = artifact["script"], artifact["network"]
     if not script.isidentifier() or not (folder / f"{script}.py").is_file():
         raise Fault(f"{path} was made by a script named {script}, which is not beside common.py")
-    sys.path += {str(folder)} - {*sys.path}                      # common.py may be imported from elsewhere
+    if str(folder) not in sys.path:                              # common.py may be imported from elsewhere
+        sys.path.append(str(folder))
     with fitting(path), torch.no_grad():
         model = importlib.import_module(script).build(artifact).eval()
         if model(torch.zeros(1, network["channels"], *network["size"])).shape != (1, network["classes"]):
@@ -1198,9 +1194,10 @@ class Run:
         self.args, self.data, self.script, self.phases = args, data, Path(script).stem, phases
         elsewhere = ("output", "resume", "data_dir", "workers", "device")     # may differ when continued
         self.flags = {k: v for k, v in vars(args).items() if k not in elsewhere}
-        sizes = {k: f"{k[0]}{v:g}" for k, v in self.flags.items() if k in ("width", "seed", "ratio", "bits")}
-        words = (sizes.get(k, v) for k, v in self.flags.items()      # of the rest, those that are one word
-                 if k in ("dataset", "arch", *sizes) or re.fullmatch("[a-z-]+", str(v)))
+        parts = {k: f"{k[0]}{v:g}" for k, v in self.flags.items() if k in ("width", "seed", "ratio", "bits")}
+        parts |= dict(dataset=Path(args.dataset).name, arch=args.arch)           # a data set may be a path
+        words = (parts.get(k, v) for k, v in self.flags.items()      # of the rest, those that are one word
+                 if k in parts or re.fullmatch("[a-z-]+", str(v)))
         args.output = args.output or f"runs/{'-'.join([self.script, *words])}"
         self.folder = Path(args.output)
         if not self.script.isidentifier() or not Path(__file__).with_name(f"{self.script}.py").is_file():
@@ -1290,12 +1287,10 @@ class Run:
         print(*shown, flush=True)
         print(json.dumps(fields), file=self.file, flush=True)
 
-    def compute_once(self, name, compute, kind=object):
-        """compute(), plain data of that kind: computed once in a run's life and kept in its checkpoints."""
+    def compute_once(self, name, compute):
+        """compute(), plain data: computed once in a run's life and kept in its checkpoints."""
         if name not in self.computed:
             self.computed[name] = by_rank_0(compute)
-        if not isinstance(self.computed[name], kind):
-            raise Fault(f"{self.folder}/last.pt does not fit this run: its {name} is no {kind.__name__}")
         return self.computed[name]
 
     def epochs(self, phase, **stateful):
@@ -1315,7 +1310,7 @@ class Run:
             first, self.saved = self.saved["epoch"], None
         else:
             self.save(0, stateful)
-        for epoch in range(first, count + 1):
+        for epoch in range(first, count + 1):                    # seeds once more for what follows the phase
             if world() > 1:                                      # noise is to differ between processes
                 torch.manual_seed(zlib.crc32(f"{self.args.seed} {phase} {epoch} {rank()}".encode()))
             if epoch == count:

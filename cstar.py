@@ -380,7 +380,7 @@ def main(argv=None):
         save_model(run.folder / "dense.pt", run.script, "dense", network, model, args)
         weights = {name: m.weight.detach().cpu() for name, m in layers.items()}
         return choose_ranks(weights, budget, args.rank_rule, places)
-    ranks = run.compute_once("ranks", save_dense_and_choose_ranks, dict)             # [D]
+    ranks = run.compute_once("ranks", save_dense_and_choose_ranks)                   # [D]
 
     # Phase 2: ADMM pulls the dense weights towards those ranks. W follows Z - U with time constant
     # (1 - momentum) / (lr rho) steps: three fit the first epoch. If the rate rose first, U would wind up.

@@ -43,6 +43,7 @@ start, ours four): dense 57.2; at 10 LWM 53.8, HYDRA 55.2; at 100 LWM 37.3, HYDR
 results/README.md.
 """
 import copy
+import functools
 import math
 import shlex
 
@@ -90,7 +91,8 @@ def get_args(argv=None):
                       f"  digits: {flags(DIGITS)} --epsilon {VERIFIABLE_RADIUS['digits']}\n"
                       f"  mnist: --epsilon {VERIFIABLE_RADIUS['mnist']}")
     args, defaults = parser.parse_args(argv), {}
-    own = {"trades": dict(beta=6.0), "smooth": dict(beta=6.0, sigma=0.25), "crown-ibp": dict(final_share=0.0),
+    own = {"trades": dict(beta=6.0), "crown-ibp": dict(final_share=0.0), "natural": dict(ramp_epochs=0),
+           "smooth": dict(beta=6.0, sigma=0.25, ramp_epochs=0),
            "mixtrain": dict(mix_images=1 if args.arch == "cnn_large" else 5)}.get(args.objective, {})
     others = {"beta", "final_share", "mix_images", "sigma"} - own.keys()
     parser.refuse(args, f"with --objective {args.objective}", *sorted(others))
@@ -105,8 +107,8 @@ def get_args(argv=None):
         args.amp = "off"
     torch.backends.cudnn.allow_tf32 = args.objective not in BOUNDED  # bounds need all digits
     unread = [] if args.objective in ("pgd", "trades") else ["step_size", "num_steps"]
-    unread += ["ramp_epochs"] if args.objective in ("natural", "smooth") else []
-    parser.refuse(args, f"with --objective {args.objective}", *unread)
+    ramp_too = ["ramp_epochs"] * (args.objective in ("natural", "smooth"))
+    parser.refuse(args, f"with --objective {args.objective}", *unread, *ramp_too)
     args = resolve(parser, args, **own, **defaults)
     vars(args).update(dict.fromkeys(unread))
     args.momentum = None if args.objective in BOUNDED else args.momentum
@@ -287,10 +289,11 @@ def symbolic_margins(layers, boxes, y, room=None):
     for i, layer in enumerate(layers[:-1]):
         if isinstance(layer, nn.ReLU) and i > 1:                     # [G] is exact for one layer
             shape, units = boxes[i][0].shape[1:], torch.arange(boxes[i][0][0].numel(), device=y.device)
-            rows = ((a[:, None] == units).to(boxes[i][0]).view(1, -1, *shape) for a in units.split(some))
-            # Without checkpoint() training would keep the tensors of all parts: 30 GB by cnn_large.
-            ends = zip(*(checkpoint(linear_bounds, layers[:i], boxes[:i], a, 0, "line", use_reentrant=False,
-                                    preserve_rng_state=False) for a in rows))
+            parts, bound = units.split(some), linear_bounds
+            if len(parts) > 30:              # cnn_large: training would keep 30 GB; so it computes twice
+                bound = functools.partial(checkpoint, bound, use_reentrant=False, preserve_rng_state=False)
+            rows = ((a[:, None] == units).to(boxes[i][0]).view(1, -1, *shape) for a in parts)
+            ends = zip(*(bound(layers[:i], boxes[:i], a, 0, "line") for a in rows))
             boxes[i] = [torch.cat(end, 1).view(-1, *shape) for end in ends]
     return margins(layers, boxes, y, "line")
 
@@ -434,7 +437,7 @@ def main(argv=None):
 
     # Phase 2: HYDRA trains the scores, and with them the batch norms that no score masks; LWM trains nothing.
     scores = Scores(model, args.scheme, args.ratio).to(args.device)              # [C]
-    lowest = run.compute_once("lowest", lambda: {n: mask.cpu() for n, mask in scores.masks().items()}, dict)
+    lowest = run.compute_once("lowest", lambda: {n: mask.cpu() for n, mask in scores.masks().items()})
     if phases["prune"] and not run.saved:
         scores.mask_weights_()
     norms = nn.ModuleList(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
@@ -446,11 +449,11 @@ def main(argv=None):
     for epoch in run.epochs("prune", model=model, optimizer=optimizer, schedule=schedule, scores=scores):
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, scores, t=epoch)
         run.log(epoch=epoch + 1, **fields, mask_changed=mask_changed())
-    changed = run.compute_once("changed", mask_changed, float)
+    changed = run.compute_once("changed", mask_changed)
 
     # Phase 3: the cut, and fine-tuning of what is left.
     masks = run.compute_once("masks", lambda: {name: mask.cpu() for name, mask in parameter_masks(
-        model, scores.masks(), filters=args.scheme == "filter").items()}, dict)
+        model, scores.masks(), filters=args.scheme == "filter").items()})
     masks = {name: mask.to(args.device) for name, mask in masks.items()}
     apply_masks_(model, masks)                                       # [E]
     # What each layer's own mask keeps; removed filters take their readers' inputs along.

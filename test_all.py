@@ -56,6 +56,8 @@ def tiny(folder, *more, script=cstar):
     flags = " ".join(TINY).replace("admm", PHASE[script])
     if script is binary_relax:
         flags = flags.replace("resnet18", "enresnet --depth 8 --noise 0").replace("--ratio 4", "--bits 2")
+    if {*more} & {"natural", "smooth", "crown-ibp", "mixtrain"}:     # they do not attack
+        flags = flags.replace("--num-steps 2 ", "")
     return script.main([*flags.split(), "--output", str(folder), *more])
 
 
@@ -230,9 +232,6 @@ def test_data_class_folders_are_their_pixels_whatever_lies_beside_them(tmp_path,
         assert torch.equal(first.train[0], again.train[0]) and torch.equal(first.test[1], again.test[1])
     monkeypatch.setattr(common, "PHOTO", 8)                      # networks for photos want colour
     assert common.load_data(args).train[0].shape == (12, 3, 8, 9)
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(common.Fault, match="pip install pillow"):
-        common.load_data(args)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     svhn = ["--dataset=svhn", f"--data-dir={tmp_path}", "--device=cpu"]
     ends(cstar.main, svhn, monkeypatch, 1, "pip install scipy")
@@ -488,10 +487,10 @@ def test_evaluating_on_the_cpu_puts_a_gpus_random_numbers_back(robust, monkeypat
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: None)
     for used in (False, True):
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: used)
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3 if used else pytest.fail("none is used"))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 3 if used else pytest.fail("none is used"))
         with common.evaluating(robust):
             pass
-    assert kept == [[], [3]]
+    assert [*map(list, kept)] == [[], [0, 1, 2]]
 
 
 def test_evaluate_takes_bytes_as_labels_and_refuses_what_is_no_image_label_or_number(robust, digits):
@@ -962,10 +961,10 @@ def test_hydra_gradients_of_scores_equal_their_formula(scheme, arch):
     scores.collect_gradients_()
     for s, held in zip(scores.s, scores.carriers):
         m = hydra_prune.choose_mask(s, 3).double()
-        m = (m + scores.PRUNED_FACTOR[scheme] * (1 - m)).requires_grad_()    # the network, with m as a leaf
+        m = (m + held[0][2] * (1 - m)).requires_grad_()          # the network, with m as a leaf
         product = {names[id(p)]: dense[names[id(p)]] * (m if m.shape == p.shape else m.view(
-            -1, *[1] * (p.dim() - 1))) for p, _ in held}
-        assert all(torch.equal(p, product[names[id(p)]]) and p.grad is None for p, _ in held)
+            -1, *[1] * (p.dim() - 1))) for p, *_ in held}
+        assert all(torch.equal(p, product[names[id(p)]]) and p.grad is None for p, *_ in held)
         out = torch.func.functional_call(model, product, x)
         gradient, = torch.autograd.grad(F.cross_entropy(out, y), m)
         assert torch.allclose(s.grad, s.sign() * gradient) and (s.grad[m < 0.5] != 0).any()
@@ -973,7 +972,9 @@ def test_hydra_gradients_of_scores_equal_their_formula(scheme, arch):
     on_sums = [norm for _, norms, _ in common.channel_groups(model) for norm in norms]   # not one filter's
     cut.load_state_dict(cut.state_dict() | {
         name: t for name, t in model.state_dict().items() if name.rpartition(".")[0] in on_sums})
-    assert (cut(x) - model(x)).abs().max() < 0.01 * cut(x).abs().max()
+    for training in (False, True):                               # statistics of the batch do not undo the cut
+        found, wanted = model.train(training)(x), cut.train(training)(x)
+        assert (found - wanted).abs().max() < 0.01 * wanted.abs().max()
 
 
 def test_hydra_radius_grows_by_steps_and_the_pruning_phase_moves_scores_and_batch_norms_alone(
@@ -1013,7 +1014,8 @@ def test_hydra_without_pruning_epochs_is_lwm_and_bc_is_br_that_switches_at_once(
 @pytest.mark.parametrize("name", ["natural", "pgd", "trades", "smooth"])
 def test_hydra_objectives_are_their_formulas(digits, name):
     more = dict(trades=" --beta 3", smooth=" --beta 3 --sigma 0.5").get(name, "")
-    args = digits_args(hydra_prune, f"--num-steps 4 --objective {name}{more}")
+    attack = "--num-steps 4 " * (name in ("pgd", "trades"))
+    args = digits_args(hydra_prune, f"{attack}--objective {name}{more}")
     model, x, y = resnet(), common.to_float(digits.train[0][:20]), digits.train[1][:20]
     seen, before = [], copy.deepcopy(model).eval()
     hook = model.register_forward_pre_hook(lambda m, got: seen.append((m.training, got[0].detach())))
@@ -1229,6 +1231,19 @@ def test_hydra_bound_that_is_wrong_unknown_or_breaks_is_noticed_and_changes_noth
     assert hydra_prune.verify(resnet(), None, 0.1, None) == {}
 
 
+def test_hydra_symbolic_bounds_of_many_parts_keep_little_for_the_backward_pass():
+    layers = hydra_prune.plain_layers(shaken("cnn_small", 8, 1, 8))
+    x, y = torch.rand(4, 1, 8, 8), torch.arange(4)
+    kept, found = [], []
+    for room in (1, None):
+        numbers, boxes = [], hydra_prune.interval_boxes(layers, x.double(), 0.1)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: numbers.append(t.numel()) or t, lambda t: t):
+            bound = hydra_prune.symbolic_margins(layers, boxes, y, room).sum()
+        found.append(torch.autograd.grad(bound, layers[0].weight)[0])
+        kept.append(sum(numbers))
+    assert torch.allclose(*found) and found[0].any() and kept[0] < kept[1] / 2
+
+
 def test_hydra_losses_of_bounds_are_their_formulas_and_reach_the_weights(digits):
     model, x, y = chain(1)
     args, coins = digits_args(hydra_prune, "--objective mixtrain --mix-images 7"), []
@@ -1267,7 +1282,7 @@ def test_hydra_weight_of_mixtrain_grows_at_the_full_radius_and_scores_have_no_de
     epochs, groups, weights, train_epoch = [], [], [], hydra_prune.train_epoch
     monkeypatch.setattr(hydra_prune, "train_epoch", spy)
     unevaluated(monkeypatch)
-    tiny(tmp_path / "run", "--objective", "natural", "--ramp-epochs", "1", script=hydra_prune)
+    tiny(tmp_path / "run", "--ramp-epochs", "1", script=hydra_prune)
     assert epochs == [-1, 0, 0, 1, 0, 1]
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in resnet().modules())
     scores = len(hydra_prune.Scores(resnet(), "irregular", 2).s)
@@ -1577,6 +1592,7 @@ def test_relax_quantises_the_networks_of_common_from_a_dense_one(whole, finished
 # ---------------------------------------------------------------- runs end to end
 @pytest.mark.parametrize("script, flags, name", [
     (cstar, "", "cstar-digits-resnet18-w4-s0-r16-hull-parameters"),
+    (cstar, "--dataset /my/pets --epsilon 0.1", "cstar-pets-resnet18-w16-s0-r16-hull-parameters"),
     (admm_prune, "--scheme column --ratio 2.5", "admm_prune-digits-resnet18-w4-s0-admm-column-r2.5"),
     (hydra_prune, "--scores lwm --seed 7", "hydra_prune-digits-resnet18-w4-s7-lwm-pgd-irregular-r10"),
     (binary_relax, "--bits 1 --method bc", "binary_relax-digits-enresnet-w8-s0-b1-bc")])
@@ -1842,12 +1858,14 @@ REFUSED = {                                                      # {script: {sai
         "trains with Adam": "--momentum 0.9 --objective mixtrain, --momentum 0.5 --objective crown-ibp",
         "does nothing": "--mix-images 3, --beta 1, --beta 1 --objective mixtrain, --sigma 1 --objective "
                         "trades, --final-share 1 --objective smooth, --prune-lr 1 --scores lwm, --prune-lr 1 "
-                        "--prune-epochs 0, --finetune-lr 1 --finetune-epochs 0"},
+                        "--prune-epochs 0, --finetune-lr 1 --finetune-epochs 0, --num-steps 3 --objective "
+                        "mixtrain, --step-size 0.1 --objective natural, --ramp-epochs 1 --objective smooth"},
     binary_relax: {"invalid choice": "--bits 3", "unrecognized": "--ratio 4", "depth.*6 b": "--depth 21",
         "is not a": "--adv-weight -1, --members 0, --noise nan", "no meaning": "--method bc --bits 32",
         "3 is more": "--ramp-epochs 3 --pretrained none.pt", "is for networks": "--eot 3 --noise 0",
         "enresnet": "--noise 0.1 --arch lenet, --depth 20 --arch resnet18, --members 2 --arch resnet18",
-        "both": "--nat-weight 0 --adv-weight 0", "none.pt": "--pretrained none.pt"},
+        "both": "--nat-weight 0 --adv-weight 0", "none.pt": "--pretrained none.pt",
+        "with --adv-weight 0": "--adv-weight 0 --num-steps 3"},
     judges: {"does nothing": "--smoothing-draws 200 x.pt, --smoothing-images 9 x.pt",
              "needs --eval-step-size": "--constant-step x.pt"}}
 
@@ -1897,7 +1915,6 @@ def test_files_of_other_content_are_refused(whole, finished, tmp_path, monkeypat
             ("a script", dict(script="tools/bench")), ("not beside", dict(script="nothing_here")),
             ("damaged or not.*format 1", dict(format=1)), ("not finite", dict(values=values * math.nan)),
             ("damaged or not", dict(shapes=[1]), dict(values=[1.0]), dict(hostile=Hostile())),
-            ("values for", dict(values=torch.cat([values, values]))),
             ("does not fit the network it names", dict(network={}), dict(counters={"a": 1}),
              dict(shapes=shapes | {"bn1.weight": "x"}), dict(shapes=shapes | {"bn1.weight": [0, 4]}),
              dict(network=good["network"] | {"width": 2}), dict(bits=torch.zeros(3, dtype=torch.uint8)),
@@ -1908,33 +1925,22 @@ def test_files_of_other_content_are_refused(whole, finished, tmp_path, monkeypat
             with pytest.raises(common.Fault, match=words):
                 common.load_model(path)
     assert os.listdir(tmp_path) == ["changed.pt"]
-    settings = good["attack_settings"]
-    for wrong in ({}, settings | dict(radius=1), settings | dict(dataset=[1], epsilon=torch.ones(2)), *(
-            settings | {key: 0.5 if key == "restarts" else "x"} for key in settings if key != "dataset")):
-        torch.save(good | dict(attack_settings=wrong), path)
-        ends(judges.main, [path], monkeypatch, 1, "does not fit an evaluation")
 
 
-def test_files_that_cannot_be_read_back_are_refused_at_once(whole, finished, tmp_path, monkeypatch):
+def test_files_that_cannot_be_read_back_are_refused_at_once(finished, tmp_path, monkeypatch):
     run, new = tmp_path / "run", tmp_path / "new"
     shutil.copytree(finished[0], run)
     (run / "result.json").write_text('{"args"')
     ends(cstar.main, [*TINY, "--output", run], monkeypatch, 1, "result.json does not fit a run")
     (run / "result.json").unlink()
     last = torch.load(run / "last.pt", weights_only=True)
+    ends(judges.main, [run / "last.pt"], monkeypatch, 1, "not the file wanted here .*lacks: kind, network")
     for change in (dict(phase="prune"), dict(epoch=3), dict(epoch=-1), dict(epoch="1"), dict(states=[]),
                    dict(states={}), dict(random={}), dict(states=dict(model={}, optimizer=3, schedule=None))):
         torch.save(last | change, run / "last.pt")
         ends(cstar.main, [*TINY, "--output", run, "--resume"], monkeypatch, 1, "last.pt")
     torch.save(last | dict(args=last["args"] | dict(lr=torch.ones(2))), run / "last.pt")
     ends(cstar.main, [*TINY, "--output", run, "--resume"], monkeypatch, 2, "different run .lr differ")
-    for script, name in ((cstar, "ranks"), (hydra_prune, "lowest"), (hydra_prune, "changed"),
-                         (hydra_prune, "masks"), (admm_prune, "initial"), (admm_prune, "masks")):
-        other = torch.load(whole(script)[0] / "last.pt", weights_only=True)
-        other["computed"][name] = [3]
-        torch.save(other, run / "last.pt")
-        with pytest.raises(common.Fault, match=f"last.pt does not fit this run: its {name}"):
-            tiny(run, "--resume", script=script)
     args = cstar.get_args([*TINY, "--output", str(new)])
     for script in ("my-cstar.py", "/elsewhere/nothing_here.py"):
         with pytest.raises(common.UsageFault, match="beside common.py"):
@@ -2399,9 +2405,17 @@ def test_photos_are_cut_by_seed_epoch_and_index_whatever_the_workers_and_the_bat
     assert data.test[1].tolist() == [0, 1] * 6 and ((x.mean((1, 2, 3)) > 0.5) == y.bool()).all()
 
 
+def damaged_png(_):
+    """torchvision's decoder ends the process at this one."""
+    from PIL import Image
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    Image.fromarray(pixels).save(file := io.BytesIO(), "PNG")
+    return file.getvalue()[:2000] + bytes(2000) + file.getvalue()[4000:]
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("spoil", [
-    lambda data: data[:len(data) // 2], lambda data: b"", lambda data: b"BM" + data])
+    lambda data: data[:len(data) // 2], lambda data: b"", lambda data: b"BM" + data, damaged_png])
 def test_photo_that_is_none_is_one_sentence_with_its_path(zoo, tmp_path, monkeypatch, split, spoil):
     shutil.copytree(f"{zoo[3]}/zoo", tmp_path / "zoo")
     path = tmp_path / "zoo" / split / "bee/1.jpg"
@@ -2504,6 +2518,8 @@ def test_photos_want_their_own_networks_and_a_constant_step_its_own_flags(digits
     model, attack = common.load_model(SHIPPED / "model.pt"), dict(epsilon=0.2, step_size=0.03, num_steps=10)
     constant, annealed = (common.sanity_flags(model, digits.test, anneal=on, **attack) for on in (0, 1))
     assert "noise" in "".join(annealed) and "noise" not in "".join(constant)
+    constant, annealed = (judges.transfer(model, model, digits.test, anneal=on, **attack) for on in (0, 1))
+    assert constant < annealed - 1
 
 
 def test_normalisation_is_in_the_bounds_and_photos_are_evaluated_a_few_at_a_time():

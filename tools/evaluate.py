@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import (LOSSES, Fault, Parser, UsageFault, balanced, batched, check_device, cli,  # noqa: E402
-                    evaluate, evaluating, fitting, fraction_correct, interval, is_random, load_data,
+                    evaluate, evaluating, fraction_correct, interval, is_random, load_data,
                     logits_of, number, per_cent, pgd, progress, radius, read_model, sanity_flags, to_float,
                     whole)
 
@@ -62,12 +62,12 @@ def get_args(argv=None):
 
 # ---------------------------------------------------------------- other judges
 
-def transfer(model, source, images, *, epsilon, step_size, num_steps, eot=10, seed=0):
+def transfer(model, source, images, *, epsilon, step_size, num_steps, anneal=True, eot=10, seed=0):
     """Accuracy in per cent under PGD examples made on another network, `source`; of random networks as in
     evaluate()."""
     with evaluating(source, model, seed=seed) as generator:
         eot, draws = (n if is_random(m, images[0]) else 1 for m, n in ((source, eot), (model, 10)))
-        more = dict(eot=eot, anneal=True, generator=generator)
+        more = dict(eot=eot, anneal=anneal, generator=generator)
         pairs = ((pgd(source, x, y, epsilon, step_size, num_steps, **more), y) for x, y in batched(*images))
         return per_cent(torch.cat([fraction_correct(model, x_adv, y, draws) for x_adv, y in pairs]))
 
@@ -151,15 +151,12 @@ def check_fit(artifact, flag, args, data):
 def main(argv=None):
     args = get_args(argv)
     artifact, model = read_model(args.model)
-    kinds = dict(dataset=str, epsilon=radius, step_size=radius, eval_steps=whole(1), restarts=whole(1),
-                 eot=whole(1))
     stored = artifact["attack_settings"]
-    with fitting(args.model, "an evaluation"):
-        if args.epsilon is not None and args.step_size is None and radius(str(stored["epsilon"])):
-            args.step_size = min(1.0, radius(str(stored["step_size"])) * (args.epsilon / stored["epsilon"]))
-        for key in kinds | stored:                               # eot is not stored, or None, without noise
-            if getattr(args, key) is None and (key != "eot" or stored.get(key) is not None):
-                setattr(args, key, kinds[key](str(stored[key])))
+    if args.epsilon is not None and args.step_size is None and stored["epsilon"]:
+        args.step_size = min(1.0, stored["step_size"] * (args.epsilon / stored["epsilon"]))
+    for key, value in stored.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
     args.device = check_device(args.device)
     data = load_data(args)
     check_fit(artifact, "--dataset", args, data)
@@ -169,12 +166,11 @@ def main(argv=None):
         check_fit(other, "--source", args, data)
         source.to(args.device, memory_format=torch.channels_last)
     attack = dict(epsilon=args.epsilon, step_size=args.step_size, num_steps=args.eval_steps, seed=args.seed,
-                  eot=args.eot or 10)
+                  eot=args.eot or 10, anneal=not args.constant_step)
     result = dict(model=args.model, script=artifact["script"], kind=artifact["kind"], dataset=args.dataset,
                   bytes=os.path.getsize(args.model),
-                  **evaluate(model, data.test, restarts=args.restarts, losses=args.losses,
-                             anneal=not args.constant_step, **attack),
-                  flags=sanity_flags(model, data.test, anneal=not args.constant_step, **attack))
+                  **evaluate(model, data.test, restarts=args.restarts, losses=args.losses, **attack),
+                  flags=sanity_flags(model, data.test, **attack))
     if args.source:
         result["transfer_acc"] = transfer(model, source, data.test, **attack)
         if result["robust_acc"] - result["transfer_acc"] > max(2, 300 / result["images"]):
