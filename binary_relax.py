@@ -83,8 +83,6 @@ def get_args(argv=None):
     if not ensemble:
         parser.refuse(args, "without --arch enresnet", *own)
         own = dict(width=RECIPES.get(args.dataset, CIFAR)["width"])
-    unread = [] if args.adv_weight else ["step_size", "num_steps"]
-    parser.refuse(args, "with --adv-weight 0", *unread)
     resolve(parser, args, longest_ramp=lambda args: 0 if args.pretrained else (
         args.pretrain_epochs + args.relax_epochs + args.finetune_epochs), **own)
     if not args.relax_epochs + args.finetune_epochs:
@@ -98,7 +96,8 @@ def get_args(argv=None):
         parser.error("argument --method: bc has no meaning for --bits 32, float weights")
     if args.eot and not args.noise:
         parser.error("argument --eot: is for networks with --noise")
-    vars(args).update(dict.fromkeys(unread))
+    if not args.adv_weight:
+        args.step_size = args.num_steps = None                       # nothing reads them
     args.eval_steps = args.eval_steps or (20 if args.noise else 50)
     args.eot = args.eot or (10 if args.noise else None)
     return args

@@ -91,8 +91,7 @@ def get_args(argv=None):
                       f"  digits: {flags(DIGITS)} --epsilon {VERIFIABLE_RADIUS['digits']}\n"
                       f"  mnist: --epsilon {VERIFIABLE_RADIUS['mnist']}")
     args, defaults = parser.parse_args(argv), {}
-    own = {"trades": dict(beta=6.0), "crown-ibp": dict(final_share=0.0), "natural": dict(ramp_epochs=0),
-           "smooth": dict(beta=6.0, sigma=0.25, ramp_epochs=0),
+    own = {"trades": dict(beta=6.0), "smooth": dict(beta=6.0, sigma=0.25), "crown-ibp": dict(final_share=0.0),
            "mixtrain": dict(mix_images=1 if args.arch == "cnn_large" else 5)}.get(args.objective, {})
     others = {"beta", "final_share", "mix_images", "sigma"} - own.keys()
     parser.refuse(args, f"with --objective {args.objective}", *sorted(others))
@@ -106,11 +105,9 @@ def get_args(argv=None):
             parser.error(f"argument --objective: {args.objective} trains in float32, without torch.compile")
         args.amp = "off"
     torch.backends.cudnn.allow_tf32 = args.objective not in BOUNDED  # bounds need all digits
-    unread = [] if args.objective in ("pgd", "trades") else ["step_size", "num_steps"]
-    ramp_too = ["ramp_epochs"] * (args.objective in ("natural", "smooth"))
-    parser.refuse(args, f"with --objective {args.objective}", *unread, *ramp_too)
     args = resolve(parser, args, **own, **defaults)
-    vars(args).update(dict.fromkeys(unread))
+    if args.objective not in ("pgd", "trades"):
+        args.step_size = args.num_steps = None                       # nothing reads them
     args.momentum = None if args.objective in BOUNDED else args.momentum
     if not phases_of(args)["finetune"]:
         parser.refuse(args, "without epochs of fine-tuning", "finetune_lr")

@@ -56,8 +56,6 @@ def tiny(folder, *more, script=cstar):
     flags = " ".join(TINY).replace("admm", PHASE[script])
     if script is binary_relax:
         flags = flags.replace("resnet18", "enresnet --depth 8 --noise 0").replace("--ratio 4", "--bits 2")
-    if {*more} & {"natural", "smooth", "crown-ibp", "mixtrain"}:     # they do not attack
-        flags = flags.replace("--num-steps 2 ", "")
     return script.main([*flags.split(), "--output", str(folder), *more])
 
 
@@ -1014,8 +1012,7 @@ def test_hydra_without_pruning_epochs_is_lwm_and_bc_is_br_that_switches_at_once(
 @pytest.mark.parametrize("name", ["natural", "pgd", "trades", "smooth"])
 def test_hydra_objectives_are_their_formulas(digits, name):
     more = dict(trades=" --beta 3", smooth=" --beta 3 --sigma 0.5").get(name, "")
-    attack = "--num-steps 4 " * (name in ("pgd", "trades"))
-    args = digits_args(hydra_prune, f"{attack}--objective {name}{more}")
+    args = digits_args(hydra_prune, f"--num-steps 4 --objective {name}{more}")
     model, x, y = resnet(), common.to_float(digits.train[0][:20]), digits.train[1][:20]
     seen, before = [], copy.deepcopy(model).eval()
     hook = model.register_forward_pre_hook(lambda m, got: seen.append((m.training, got[0].detach())))
@@ -1282,7 +1279,7 @@ def test_hydra_weight_of_mixtrain_grows_at_the_full_radius_and_scores_have_no_de
     epochs, groups, weights, train_epoch = [], [], [], hydra_prune.train_epoch
     monkeypatch.setattr(hydra_prune, "train_epoch", spy)
     unevaluated(monkeypatch)
-    tiny(tmp_path / "run", "--ramp-epochs", "1", script=hydra_prune)
+    tiny(tmp_path / "run", "--objective", "natural", "--ramp-epochs", "1", script=hydra_prune)
     assert epochs == [-1, 0, 0, 1, 0, 1]
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in resnet().modules())
     scores = len(hydra_prune.Scores(resnet(), "irregular", 2).s)
@@ -1858,14 +1855,12 @@ REFUSED = {                                                      # {script: {sai
         "trains with Adam": "--momentum 0.9 --objective mixtrain, --momentum 0.5 --objective crown-ibp",
         "does nothing": "--mix-images 3, --beta 1, --beta 1 --objective mixtrain, --sigma 1 --objective "
                         "trades, --final-share 1 --objective smooth, --prune-lr 1 --scores lwm, --prune-lr 1 "
-                        "--prune-epochs 0, --finetune-lr 1 --finetune-epochs 0, --num-steps 3 --objective "
-                        "mixtrain, --step-size 0.1 --objective natural, --ramp-epochs 1 --objective smooth"},
+                        "--prune-epochs 0, --finetune-lr 1 --finetune-epochs 0"},
     binary_relax: {"invalid choice": "--bits 3", "unrecognized": "--ratio 4", "depth.*6 b": "--depth 21",
         "is not a": "--adv-weight -1, --members 0, --noise nan", "no meaning": "--method bc --bits 32",
         "3 is more": "--ramp-epochs 3 --pretrained none.pt", "is for networks": "--eot 3 --noise 0",
         "enresnet": "--noise 0.1 --arch lenet, --depth 20 --arch resnet18, --members 2 --arch resnet18",
-        "both": "--nat-weight 0 --adv-weight 0", "none.pt": "--pretrained none.pt",
-        "with --adv-weight 0": "--adv-weight 0 --num-steps 3"},
+        "both": "--nat-weight 0 --adv-weight 0", "none.pt": "--pretrained none.pt"},
     judges: {"does nothing": "--smoothing-draws 200 x.pt, --smoothing-images 9 x.pt",
              "needs --eval-step-size": "--constant-step x.pt"}}
 
