@@ -29,7 +29,8 @@ code: std is that of each image, theirs runs over the batch, so that an image's 
 neighbours; their 2-bit scale is a mean over all weights, zeros too, which is no projection; sign(0) is 1; PGD
 sees batch norm's running statistics, and its iterates do not enter them; evaluated is q of the last v, on
 images that are not cropped, and nothing is selected; SGD is Nesterov's. Noise is on in training, in attacks
-and in evaluation, as theirs. Ours: one cycle of the rate over both phases, not steps; and pre-training. [F]
+and in evaluation, as theirs. Ours: one cycle of the rate over both phases, not steps; pre-training
+(without it dense.pt is the untrained network); without fine-tuning, batch norm's statistics anew at q. [F]
 is not normalised, so that its step is nine times that of --adv-weight 1 --nat-weight 0. A network with noise
 is attacked with EOT, evaluated by the mean over 10 draws (new ones, on the worst of all restarts), and
 flagged as random. In an EnResNet only channels between the two convolutions of a block can be removed, a part
@@ -51,8 +52,9 @@ import torch.nn.functional as F
 
 from common import (CIFAR, RECIPES, Fault, Run, UsageFault, WideBlock, autocast, build_network,
                     channel_groups, cli, conv3x3, evaluate, load_data, load_pretrained, make_optimizer,
-                    network_of, normalised, number, per_cent, pgd, prepare, ramp, rate, resize_, resolve,
-                    save_model, script_parser, stages, whole, without_channels)
+                    network_of, normalised, number, per_cent, pgd, prepare, ramp, rate,
+                    reestimate_batchnorm_, resize_, resolve, save_model, script_parser, stages, whole,
+                    without_channels)
 
 
 def get_args(argv=None):
@@ -302,11 +304,12 @@ def train_epoch(model, batches, optimizer, schedule, args, weights=(), lam=math.
         with relaxed(weights, args.bits, lam):                       # [C]
             with autocast(args):
                 model.eval()                                     # the attack sees fixed batch-norm statistics
-                images = {"clean": x} if share["clean"] else {}
+                images = {}
                 if share["robust"]:
-                    x_adv = pgd(model, x, y, strength * args.epsilon, strength * args.step_size,
-                                args.num_steps)
-                    images = {"robust": x_adv} | images
+                    images["robust"] = pgd(model, x, y, strength * args.epsilon, strength * args.step_size,
+                                           args.num_steps)
+                if share["clean"]:
+                    images["clean"] = x
                 model.train()
                 logits = {name: model(batch) for name, batch in images.items()}
             loss = sum(share[name] * F.cross_entropy(out.float(), y) for name, out in logits.items())    # [F]
@@ -361,7 +364,11 @@ def main(argv=None):
         fields |= {"lam": lam} if weights and args.method == "br" else {}
         run.log(epoch=epoch + 1, **fields, **zeros(), strength=strength)
 
-    # Phase 3: after the switch, quantised weights; lam = inf.
+    # Phase 3: after the switch, quantised weights; lam = inf. Without it batch norm never saw their outputs.
+    if weights and not args.finetune_epochs and not run.saved:
+        with relaxed(weights, args.bits, math.inf):
+            reestimate_batchnorm_(model, data.batches(args.batch_size, run.generator),
+                                  min(200, data.steps(args.batch_size)))
     for epoch in run.epochs("finetune", **states):
         strength = ramp(args.pretrain_epochs + args.relax_epochs + epoch, args.ramp_epochs)
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, weights, strength=strength)

@@ -751,6 +751,21 @@ def make_optimizer(model, lr, epochs, data, args, adam=False, undecayed=(), rise
         optimizer, lr, steps + 1, cycle_momentum=False, pct_start=0.3 if rise * (steps + 1) == 1 else rise)
 
 
+@torch.compiler.set_stance("force_eager")                            # no compiling for these few passes
+@torch.no_grad()
+def reestimate_batchnorm_(model, batches, count):
+    """Running statistics become averages over `count` batches: a cut moves every activation."""
+    norms = {m: m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None
+    model.train()
+    for _, (x, _) in progress(zip(range(count), batches if norms else ()), "batch norms", count):
+        model(x)
+    for m, momentum in norms.items():
+        m.momentum = momentum
+
+
 def ramp(epoch, epochs):
     """The attack's strength in an epoch, counted from 0, if it grows to 1 over the first `epochs`."""
     return min(1.0, (epoch + 1) / max(1, epochs))

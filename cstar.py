@@ -39,8 +39,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import (Fault, Run, UsageFault, autocast, build_network, by_rank_0, cli, evaluating, load_data,
-                    load_pretrained, make_optimizer, network_of, number, pgd, prepare, progress, ramp, rate,
-                    resolve, save_model, script_parser, whole)
+                    load_pretrained, make_optimizer, network_of, number, pgd, prepare, ramp, rate,
+                    reestimate_batchnorm_, resolve, save_model, script_parser, whole)
 
 FLOOR = 0.03                                                     # in [D], of every full rank
 
@@ -102,7 +102,7 @@ def tucker2(w, rank, hooi=0):
 
 
 def project(w, rank, hooi=0):
-    """[F] w cut to that rank by truncated HOSVD: at most twice the least squared error."""
+    """[F] w cut to that rank by tucker2(): at most twice the least squared error."""
     *core, a, b = tucker2(w, rank, hooi)
     product = torch.einsum("oixy,so,ci->scxy", *core, a, b) if core else a @ b.T
     return product.view_as(w).to(w.dtype)
@@ -164,12 +164,8 @@ def full_rank(w):
 def error_table(w):
     """[C] Squared errors of the projection at all ranks: (S, C), entry [ro - 1, ri - 1]; of a matrix
     (min(S, C),)."""
-    w = w.double()
-    if is_matrix(w):
-        energy = torch.linalg.svdvals(w.flatten(1)).square()
-    else:
-        energy = tucker2(w, full_rank(w))[0].square().sum((2, 3))
-    kept = energy
+    *core, _, b = tucker2(w, full_rank(w))                       # of a matrix, columns of b as long as its
+    energy = kept = core[0].square().sum((2, 3)) if core else b.square().sum(0)      # singular values
     for mode in range(energy.dim()):
         kept = kept.cumsum(mode)
     return (energy.sum() - kept).clamp_min(0)
@@ -278,7 +274,8 @@ def factor_layer(layer, rank):
     if isinstance(layer, nn.Linear):
         return nn.Sequential(nn.Linear(layer.in_features, rank[0], bias=False),
                              nn.Linear(rank[0], layer.out_features, bias))
-    where = {key: getattr(layer, key) for key in ("kernel_size", "stride", "padding", "dilation")}
+    where = {key: getattr(layer, key) for key in
+             ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
     last = nn.Conv2d(rank[0], layer.out_channels, 1, bias=bias)
     if is_matrix(layer.weight):
         return nn.Sequential(nn.Conv2d(layer.in_channels, rank[0], **where, bias=False), last)
@@ -312,21 +309,6 @@ def build(artifact):
             model.set_submodule(name, factor_layer(model.get_submodule(name), rank))
     model.load_state_dict(artifact["state"])
     return model
-
-
-@torch.compiler.set_stance("force_eager")                            # no compiling for these few passes
-@torch.no_grad()
-def reestimate_batchnorm_(model, batches, count):
-    """Running statistics become averages over `count` batches: the cut moved every activation."""
-    norms = {m: m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None
-    model.train()
-    for _, (x, _) in progress(zip(range(count), batches if norms else ()), "batch norms", count):
-        model(x)
-    for m, momentum in norms.items():
-        m.momentum = momentum
 
 
 # ---------------------------------------------------------------- training
@@ -399,8 +381,7 @@ def main(argv=None):
         count = min(200, data.steps(args.batch_size))
         reestimate_batchnorm_(model, data.batches(args.batch_size, run.generator), count)
         # A copy with these statistics is attacked while the model's become those of attacked images.
-        source = prepare(copy.deepcopy(model.cpu()), args).eval()
-        model.to(args.device)
+        source = copy.deepcopy(model).eval()
         reestimate_batchnorm_(model, ((pgd(source, x, y, args.epsilon, args.step_size, args.num_steps), y)
                                       for x, y in data.batches(args.batch_size, run.generator)), count)
     optimizer, schedule = make_optimizer(model, args.finetune_lr, args.finetune_epochs, data, args)

@@ -642,7 +642,8 @@ def test_cstar_ranks_are_below_the_floor_only_where_the_budget_is():
 
 @pytest.mark.parametrize("layer, rank, size", [
     (nn.Conv2d(6, 8, 3, stride=2, padding=1, bias=False), (3, 4), 9),
-    (nn.Conv2d(6, 8, 3, dilation=2, padding=2), (2, 5), 9), (nn.Conv2d(6, 8, 1, stride=2), (4,), 9),
+    (nn.Conv2d(6, 8, 3, dilation=2, padding=2, padding_mode="circular"), (2, 5), 9),
+    (nn.Conv2d(6, 8, 1, stride=2), (4,), 9),
     (nn.Conv2d(6, 8, (1, 3), padding=(0, 1)), (3, 3), 9), (nn.Linear(6, 8), (3,), 0)])
 def test_cstar_factorised_layer_equals_the_projected_one(layer, rank, size):
     x = torch.randn(3, 6, size, size) if size else torch.randn(3, 6)
@@ -1567,6 +1568,19 @@ def test_relax_run_writes_a_smaller_file_of_few_values(whole, bits, more):
     lam = [line.get("lam") for line in log_of(folder) if line.get("phase") == "relax"]
     assert phases_of(folder, binary_relax) == [2, 2, 2]
     assert lam == ([1, 350**0.5] if bits < 32 else [None, None])
+
+
+@pytest.mark.parametrize("more", ["--relax-epochs 0", "--relax-epochs 1", "--relax-epochs 1 --method bc"])
+def test_relax_without_fine_tuning_has_statistics_of_the_quantised_network(tmp_path, monkeypatch, more):
+    unevaluated(monkeypatch)
+    flags = f"--pretrain-epochs 1 --finetune-epochs 0 {more}".split()
+    tiny(tmp_path / "run", *flags, script=binary_relax)
+    model = common.load_model(tmp_path / "run/model.pt")
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    spreads, data = [m.running_var.mean() for m in norms], common.load_data(cstar.get_args([*TINY]))
+    common.reestimate_batchnorm_(model, [(common.to_float(data.train[0]), None)], 1)
+    for m, found in zip(norms, spreads):
+        assert found == pytest.approx(m.running_var.mean().item(), rel=0.2)
 
 
 def test_relax_quantises_the_networks_of_common_from_a_dense_one(whole, finished, tmp_path, monkeypatch):
