@@ -381,7 +381,8 @@ def main(argv=None):
         count = min(200, data.steps(args.batch_size))
         reestimate_batchnorm_(model, data.batches(args.batch_size, run.generator), count)
         # A copy with these statistics is attacked while the model's become those of attacked images.
-        source = copy.deepcopy(model).eval()
+        source = prepare(copy.deepcopy(model.cpu()), args).eval()
+        model.to(args.device)
         reestimate_batchnorm_(model, ((pgd(source, x, y, args.epsilon, args.step_size, args.num_steps), y)
                                       for x, y in data.batches(args.batch_size, run.generator)), count)
     optimizer, schedule = make_optimizer(model, args.finetune_lr, args.finetune_epochs, data, args)
