@@ -29,11 +29,11 @@ code: std is that of each image, theirs runs over the batch, so that an image's 
 neighbours; their 2-bit scale is a mean over all weights, zeros too, which is no projection; sign(0) is 1; PGD
 sees batch norm's running statistics, and its iterates do not enter them; evaluated is q of the last v, on
 images that are not cropped, and nothing is selected; SGD is Nesterov's. Noise is on in training, in attacks
-and in evaluation, as theirs. Ours: one cycle of the rate over both phases, not steps; pre-training
-(without it dense.pt is the untrained network); without fine-tuning, batch norm's statistics anew at q. [F]
-is not normalised, so that its step is nine times that of --adv-weight 1 --nat-weight 0. A network with noise
-is attacked with EOT, evaluated by the mean over 10 draws (new ones, on the worst of all restarts), and
-flagged as random. In an EnResNet only channels between the two convolutions of a block can be removed, a part
+and in evaluation, as theirs. Ours: one cycle of the rate over both phases, not steps; pre-training (without
+it dense.pt is the untrained network); without fine-tuning, batch norm's statistics anew at q, of clean
+images. [F] is not normalised, so that its step is nine times that of --adv-weight 1 --nat-weight 0. In
+evaluation a network with noise is attacked with EOT, judged by the mean over 10 draws (new ones, on the worst
+of all restarts), and flagged as random. In an EnResNet only channels between the two convolutions of a block can be removed, a part
 of the dead ones.
 
   python binary_relax.py --dataset digits --bits 2     four minutes of one CPU core, offline
@@ -99,7 +99,7 @@ def get_args(argv=None):
     if args.eot and not args.noise:
         parser.error("argument --eot: is for networks with --noise")
     if not args.adv_weight:
-        args.step_size = args.num_steps = None                       # nothing reads them
+        args.step_size, args.num_steps, args.ramp_epochs = None, None, 0             # nothing reads them
     args.eval_steps = args.eval_steps or (20 if args.noise else 50)
     args.eot = args.eot or (10 if args.noise else None)
     return args
@@ -223,7 +223,7 @@ def relaxed(weights, bits, lam):
 
 
 def sparsity(weights):
-    """Per cent of zero weights, and of dead input channels [G], of tensors (S, C, ...) all together."""
+    """Per cent of zero weights, and of dead input channels (linear: features) [G], of tensors (S, C, ...)."""
     zero = torch.cat([(w == 0).flatten() for w in weights])
     dead = torch.cat([(w == 0).transpose(0, 1).flatten(1).all(1) for w in weights])
     return dict(sparsity=per_cent(zero), channel_sparsity=per_cent(dead))
@@ -364,7 +364,7 @@ def main(argv=None):
         fields |= {"lam": lam} if weights and args.method == "br" else {}
         run.log(epoch=epoch + 1, **fields, **zeros(), strength=strength)
 
-    # Phase 3: after the switch, quantised weights; lam = inf. Without it batch norm never saw their outputs.
+    # Phase 3: after the switch, quantised weights; lam = inf. Without it batch norm's averages lag behind q.
     if weights and not args.finetune_epochs and not run.saved:
         with relaxed(weights, args.bits, math.inf):
             reestimate_batchnorm_(model, data.batches(args.batch_size, run.generator),

@@ -1040,7 +1040,7 @@ def latency(models, network, batch_size, device):
     x = to_float(torch.zeros((batch_size, network["channels"], *network["size"]), device=device))
     times, wait = [], functools.partial(torch.cuda.synchronize, device) if device != "cpu" else lambda: None
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
-        while len(times) < 6 or times[-1][-1] - times[1][0] < 0.5:
+        while len(times) < 16 or times[-1][-1] - times[1][0] < 0.5:
             times.append([time.perf_counter()])
             for model in models:
                 model(x)

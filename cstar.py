@@ -15,7 +15,7 @@ weights towards that form while they train on adversarial images, so that the fi
   [F]  Z <- project(W + U)          after every epoch: truncated HOSVD, --hooi N sweeps on top
   [G]  U <- U + W - Z               then: scaled dual
   [H]  W <- project(W), factorised into 1x1 - kxk - 1x1; batch norm's statistics are estimated anew, on
-       clean and then on attacked images; then fine-tuned like [A], the factors being free
+       attacked images (attacked with those of clean ones); then fine-tuned like [A], the factors being free
 S, C, k: output and input channels, kernel. A 1x1 kernel or linear layer is a matrix: two factors, one rank.
 
 Sources. Of the paper only abstracts and an extract were available. They give global ranks, Tucker-2
@@ -54,7 +54,7 @@ def get_args(argv=None):
     paper.add_argument("--budget", choices=("parameters", "macs"), default="parameters", help="in [D]")
     paper.add_argument("--admm-epochs", type=whole(0, 10000), help="0 is the one-shot baseline")
     paper.add_argument("--admm-lr", type=rate, help="first learning rate (default: --lr)")
-    paper.add_argument("--finetune-lr", type=rate, help="of fine-tuning (default: --lr)")
+    paper.add_argument("--finetune-lr", type=rate, help="peak rate of fine-tuning (default: --lr)")
     paper.add_argument("--rho", type=number(1e-9, 1000),
                        help="default: min(1, 3 (1 - momentum) / steps) / admm_lr, steps of an epoch")
     paper.add_argument("--hooi", type=whole(0, 100), default=0, help="alternating sweeps in every projection")

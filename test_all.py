@@ -655,8 +655,8 @@ def test_cstar_factorised_layer_equals_the_projected_one(layer, rank, size):
     assert sum(p.numel() for p in thin.parameters()) == count
 
 
-def test_cstar_batch_norm_is_the_average_over_batches_of_clean_and_attacked_images(tmp_path, monkeypatch):
-    """Attacked, by an attack that makes all images black: the first convolution then gives zeros."""
+def test_cstar_batch_norm_is_the_average_over_batches_of_attacked_images(tmp_path, monkeypatch):
+    """Attacked by an attack that makes all images black: the first convolution then gives zeros."""
     model = nn.Sequential(nn.BatchNorm2d(2))
     batches = [(torch.randn(8, 2, 3, 3) + i, None) for i in range(4)]
     cstar.reestimate_batchnorm_(model, batches, 3)
