@@ -33,8 +33,8 @@ and in evaluation, as theirs. Ours: one cycle of the rate over both phases, not 
 it dense.pt is the untrained network); without fine-tuning, batch norm's statistics anew at q, of clean
 images. [F] is not normalised, so that its step is nine times that of --adv-weight 1 --nat-weight 0. In
 evaluation a network with noise is attacked with EOT, judged by the mean over 10 draws (new ones, on the worst
-of all restarts), and flagged as random. In an EnResNet only channels between the two convolutions of a block can be removed, a part
-of the dead ones.
+of all restarts), and flagged as random. In an EnResNet only channels between the two convolutions of a block
+can be removed, a part of the dead ones.
 
   python binary_relax.py --dataset digits --bits 2     four minutes of one CPU core, offline
   python binary_relax.py --depth 56 --bits 4           CIFAR-10, En1ResNet56, for a GPU
