@@ -31,7 +31,8 @@ all layers together. Here it is one cut of each layer. Its verifiable objective 
 default pgd, Nesterov's momentum, weight decay (theirs: 1e-4), boxes clamped to [0, 1], schedules (in [K] too
 the radius grows by steps), the best of all bounds, no weight decay on s, [D]'s epochs added to LWM's
 fine-tuning, torch's initial values of w, and --scheme filter: one score per filter, whose m multiplies its
-batch norm (fixed in [D], as w is), with 0.001 instead of 0 in [D], so that gradients still pass its ReLU.
+batch norm (fixed in [D], as w is) or, without one of its own, its weights; m is small instead of 0 in [D], so
+that gradients still pass its ReLU.
 
   python hydra_prune.py --dataset digits               one or two minutes of a CPU core, offline
   python hydra_prune.py --arch vgg16 --ratio 10        CIFAR-10, for a GPU; the first paper: --scores lwm
@@ -287,7 +288,7 @@ def symbolic_margins(layers, boxes, y, room=None):
         if isinstance(layer, nn.ReLU) and i > 1:                     # [G] is exact for one layer
             shape, units = boxes[i][0].shape[1:], torch.arange(boxes[i][0][0].numel(), device=y.device)
             parts, bound = units.split(some), linear_bounds
-            if len(parts) > 30:              # cnn_large: training would keep 30 GB; so it computes twice
+            if len(parts) > 30:              # else training would keep all parts; so it computes twice
                 bound = functools.partial(checkpoint, bound, use_reentrant=False, preserve_rng_state=False)
             rows = ((a[:, None] == units).to(boxes[i][0]).view(1, -1, *shape) for a in parts)
             ends = zip(*(bound(layers[:i], boxes[:i], a, 0, "line") for a in rows))
