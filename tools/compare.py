@@ -249,10 +249,11 @@ def render(args, base):
 
 
 def draw(table, path):
-    """Robust accuracy, with its interval or range, against bytes and against time; a colour is one method."""
+    """Robust accuracy, with its interval or range, against bytes and against time; a colour is one method.
+    Against time only points of fewer MACs than the dense network's are named: the others lie at 1."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
-    figure, methods = Figure(figsize=(14, 5.5), layout="constrained"), {}
+    figure, methods, colors = Figure(figsize=(14, 5.5), layout="constrained"), {}, {"dense": "black"}
     for label, runs in table:
         what, far, how = method_of(runs[0]) if "folder" in runs[0] else ("dense", "", "")
         if what != "dense" and runs[0]["args"].get("bits", 32) < 32:
@@ -263,28 +264,30 @@ def draw(table, path):
         bar = robust - low, high - robust
         method = ", ".join(filter(None, (what or far, how)))
         short = ", ".join(word for word in label.split(", ") if word not in method.split(", ")) or label
-        point = dict(label=label, short=short, bytes=size, time=1 / speed, robust=robust, bar=bar)
+        colors.setdefault(method, f"C{(len(colors) - 1) % 10}")
+        fast = what == "dense" or mean(run["macs_ratio"] for run in runs) > 1.05
+        point = dict(label=label, short=short, bytes=size, time=1 / speed, robust=robust, bar=bar,
+                     color=colors[method], named=("bytes", "time")[:1 + fast])
         methods.setdefault(method, []).append(point)
     points = sorted(sum(methods.values(), []), key=lambda point: point["robust"])
-    for axes, key, name in zip(figure.subplots(1, 2, sharey=True), ("bytes", "time"), (
+    for axes, key, xlabel in zip(figure.subplots(1, 2, sharey=True), ("bytes", "time"), (
             "bytes of the file", "time for 128 images, dense = 1")):
-        for i, (method, own) in enumerate(methods.items()):
-            color, mark = ("black", "x") if method == "dense" else (f"C{i % 10}", "o")
+        for method, own in methods.items():
+            color, mark, name = own[0]["color"], *(("x", None) if method == "dense" else ("o", method))
             x, y, *bars = zip(*((p[key], p["robust"], *p["bar"]) for p in own))
-            axes.errorbar(x, y, bars, fmt=mark, color=color, capsize=2, elinewidth=0.5,
-                          label=None if method == "dense" else method)
+            axes.errorbar(x, y, bars, fmt=mark, color=color, capsize=2, elinewidth=0.5, label=name)
             line = [(p[key], p["robust"]) for p in own if "=" not in p["short"]]         # of no other flags
             axes.plot(*zip(*line), color=color, linewidth=0.8)
         least, most = (f(p[key] for p in points) for f in (min, max))
         if key == "bytes":
-            axes.set(xlabel=name, xscale="log", xlim=(least / 1.4, most * 2.2))
+            axes.set(xlabel=xlabel, xscale="log", xlim=(least / 1.2, most * 2.1))
             axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=EngFormatter("B"),
                            minor_formatter=NullFormatter())
         else:
-            axes.set(xlabel=name, xlim=(0, most * 1.5))
+            axes.set(xlabel=xlabel, xlim=(0, most * 1.15))
         figure.draw_without_rendering()                          # settles the scale of the axes
         boxes = []
-        for p in points:                                         # a label moves up where another one is
+        for p in (p for p in points if key in p["named"]):       # a label moves up where another one is
             x, y = axes.transData.transform((p[key], p["robust"])) * 72 / figure.dpi         # in points
             place = y
             for left, right, other in boxes:
@@ -292,7 +295,7 @@ def draw(table, path):
                     place = other + 9
             boxes.append((x, x + 4 * len(p["short"]), place))
             axes.annotate(p["short"], (p[key], p["robust"]), (5, place - y + 3), textcoords="offset points",
-                          fontsize=7).set_in_layout(False)
+                          fontsize=7, color=p["color"]).set_in_layout(False)
     figure.axes[0].set_ylabel("robust accuracy, % (95 % interval or range)")
     figure.axes[0].legend(loc="lower right", fontsize=8)
     drawn = "; ".join(f"{p['label']}: {p['bytes']:.0f} {p['robust']:.1f}" for p in points)
