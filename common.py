@@ -66,7 +66,8 @@ class UsageFault(Fault):
 
 
 def first_line(fault):
-    return re.sub(r"^.*\.cpp:\d+, ", "", str(fault).strip().partition("\n")[0]) or type(fault).__name__
+    text = str(fault).strip().replace(":\n\t", ": ", 1)           # load_state_dict says what in the second
+    return re.sub(r"^.*\.cpp:\d+, ", "", text.partition("\n")[0])[:300] or type(fault).__name__
 
 
 class Parser(argparse.ArgumentParser):
@@ -579,7 +580,7 @@ NETWORKS = {"resnet18": resnet18, "vgg16": vgg16, "wrn28_4": wrn28_4, "lenet": l
 def build_network(arch, width, channels, classes, size, mean=None, std=None):
     """A network of NETWORKS for images (channels, *size), width 16 being standard; UsageFault if too deep.
     Given mean and std, one number a channel, it begins with (x - mean) / std; torchvision's always do."""
-    photos = arch.startswith("imagenet_")
+    photos = NETWORKS[arch] is None
     if photos and (channels, width) != (3, 16):
         raise UsageFault(f"argument --arch: {arch} is for colour images and has --width 16")
     least = {"resnet18": 8, "vgg16": 32, "lenet": 4 if channels == 1 else 16}.get(arch, 4)
@@ -617,14 +618,23 @@ def channel_groups(model):
     """Channels to remove together, by the network's graph: [(writers, norms, readers)], names of layers. A
     group is the sum of its writers' outputs, {layer: batch norm on it alone, or None}; norms are batch norms
     on the sum; readers take it as input, linear ones as several features a channel. Logits are no group.
-    Activations must map 0 to 0, as ReLU does; Fault where channels are concatenated, not summed."""
+    Activations must map 0 to 0, as ReLU does; Fault where a channel is not all that one filter gives, or is
+    read by other layers with weights than these."""
     groups, group_of, modules = {}, {}, dict(model.named_modules())                  # group_of: {node: key}
-    for node in torch.fx.Tracer().trace(model).nodes:
+    try:
+        nodes = torch.fx.Tracer().trace(model).nodes
+    except Exception as fault:                                   # of a fork's network it can raise anything
+        raise Fault("no filter can be removed where torch.fx finds no graph "
+                    f"({first_line(fault).partition('. ')[0]})") from None
+    for node in nodes:
         layer = modules.get(node.target) if node.op == "call_module" else None
         read = sorted({group_of[source] for source in node.all_input_nodes if source in group_of})
         beside = node.target in (torch.cat, torch.concat, torch.concatenate, torch.hstack, torch.stack)
-        if read and (beside or getattr(layer, "groups", 1) > 1):
-            raise Fault(f"{node}: no filter can be removed that torch.cat or a layer with groups reads")
+        known = not layer or not [*layer.parameters()] or isinstance(
+            layer, (nn.Conv2d, nn.Linear, nn.BatchNorm2d))
+        if read and (beside or not known or getattr(layer, "groups", 1) > 1):
+            raise Fault(f"{node}: no filter can be removed that torch.cat, a layer with groups or a "
+                        f"{type(layer).__name__} reads")
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             for key in read:
                 groups[key][2].append(node.target)
@@ -642,6 +652,10 @@ def channel_groups(model):
                 writers, norms, readers = writers | more[0], norms + more[1], readers + more[2]
                 group_of |= {n: read[0] for n in group_of if group_of[n] == key}
             groups[read[0]] = writers, norms, readers
+    for writers, norms, readers in groups.values():              # chunk() or reshape() may lie between
+        count, *more = {len(modules[name].weight) for name in (*writers, *norms)}
+        if more or any(modules[name].weight.shape[1] % count for name in readers):
+            raise Fault(f"{[*writers][0]}: its filters are not the channels that {', '.join(readers)} read")
     return [group for group in groups.values() if group[2]]
 
 
@@ -968,7 +982,8 @@ def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=4, losses
              random_start=True, anneal=True, eot=10, seed=0, extra_metrics=None):
     """Clean and robust accuracy in per cent over images = (uint8 (N, C, H, W), labels (N,)), in float32.
     An image is robust if its clean form and every iterate of every restart are classified right; restarts
-    take the losses in turn. A random network gets gradients averaged over `eot` passes and noisy_verdicts().
+    take the losses in turn; with `anneal` step_size is the first step only, and epsilon is best. A random
+    network gets gradients averaged over `eot` passes and noisy_verdicts().
     Returns accuracies, 95 % intervals, images, attack, and what extra_metrics(model, robust (N,)) adds."""
     attack = dict(epsilon=epsilon, step_size=step_size, num_steps=num_steps, restarts=restarts,
                   losses=list(losses)[:restarts], random_start=random_start, anneal=anneal)
@@ -1030,8 +1045,8 @@ def sanity_flags(model, images, *, epsilon, step_size, num_steps, anneal=True, e
 def count_macs(model, network):
     """Multiply-accumulates of all convolutions and linear layers for one image."""
     image = torch.zeros(1, network["channels"], *network["size"], device=next(model.parameters()).device)
-    with evaluating(model), FlopCounterMode(display=False) as counter:
-        model(image)
+    with evaluating(model), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        model(image)                                 # without gradients torch may fuse what is not counted
     return counter.get_total_flops() // 2
 
 

@@ -130,7 +130,7 @@ def positions(model, network):
     """{name: (positions in its input, in its output)} of all convolutions and linear layers."""
     places = {}
     def note(layer, inputs, output):
-        places[layer] = inputs[0][0, 0].numel(), output[0, 0].numel()
+        places[layer] = inputs[0].numel() // layer.weight.shape[1], output.numel() // len(layer.weight)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     hooks = [m.register_forward_hook(note) for m in layers.values()]
     with evaluating(model):

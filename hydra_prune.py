@@ -107,7 +107,7 @@ def get_args(argv=None):
         args.amp = "off"
     torch.backends.cudnn.allow_tf32 = args.objective not in BOUNDED  # bounds need all digits
     args = resolve(parser, args, **own, **defaults)
-    if args.objective not in ("pgd", "trades"):
+    if args.objective in ("natural", "smooth", *BOUNDED):
         args.step_size = args.num_steps = None                       # nothing reads them
     args.momentum = None if args.objective in BOUNDED else args.momentum
     if not phases_of(args)["finetune"]:
@@ -418,6 +418,8 @@ def main(argv=None):
     model = build_network(**network)
     if args.pretrained:
         load_pretrained(model, args.pretrained, network)
+    if args.scheme == "filter":
+        channel_groups(model)                                        # Fault, where that cannot be
     phases = phases_of(args)
     run = Run(args, data, __file__, phases, argv)
     if run.result:

@@ -266,6 +266,16 @@ def test_resnet18_has_the_common_layer_names_and_macs_that_equal_the_sum_by_hand
     assert common.count_macs(common.build_network(**network), network) == total
 
 
+def test_macs_of_tokens_are_those_by_hand():
+    kind = type("Tokens", (nn.Sequential,), dict(forward=lambda self, x: nn.Sequential(*[*self][1:])(
+        self[0](x).flatten(2).mT)))
+    n, d, hidden, network = 16, 8, 24, dict(channels=3, size=(8, 8))
+    model = kind(nn.Conv2d(3, d, 2, 2), nn.Linear(d, d))
+    assert cstar.positions(model, network) == {"0": (64, n), "1": (n, n)}
+    model.append(nn.TransformerEncoderLayer(d, 2, hidden, dropout=0.0, batch_first=True))
+    assert common.count_macs(model, network) == n * (12 * d + d * d + 4 * d * d + 2 * d * hidden)
+
+
 # ---------------------------------------------------------------- the attack
 def linear(weight, bias=0.0):
     layer = nn.Linear(weight.shape[1], weight.shape[0])
@@ -1513,8 +1523,17 @@ def test_a_channel_that_only_removed_filters_read_goes_too_and_one_always_stays(
     for odd in (nn.Conv2d(4, 4, 1, groups=4), side(torch.hstack), side(functools.partial(torch.cat, dim=1))):
         with pytest.raises(common.Fault, match="no filter can be removed that"):
             common.channel_groups(nn.Sequential(nn.Conv2d(1, 4, 1), odd))
-    branching = type("Branching", (nn.Sequential,), dict(forward=lambda self, x: x if x.sum() > 0 else -x))
-    assert binary_relax.without_dead(branching(), {"a": 1}) == {"a": 1}
+    def shaped(join):
+        kind = type("Shaped", (nn.Sequential,), dict(forward=lambda self, x: self[1](join(self[0](x)))))
+        return kind(nn.Conv2d(1, 4, 1), nn.Conv2d(2, 4, 1))
+    for odd, why in ((lambda h: h if h.sum() > 0 else -h, "torch.fx finds no graph"),
+                     (lambda h: h.unflatten(1, (len(h), 4)), "torch.fx finds no graph"),
+                     (lambda h: h[:, :2] + h[:, 2:], "its filters are not the channels that 1 read"),
+                     (nn.Sequential(nn.GroupNorm(1, 4)), "or a GroupNorm reads")):
+        network = shaped(odd) if why[0] != "o" else nn.Sequential(nn.Conv2d(1, 4, 1), odd, nn.Conv2d(4, 2, 1))
+        with pytest.raises(common.Fault, match=why):
+            common.channel_groups(network)
+        assert binary_relax.without_dead(network, {"a": 1}) == {"a": 1}
     with pytest.raises(common.Fault, match="share a weight"):
         binary_relax.encode(nn.Sequential(*[nn.Conv2d(4, 4, 1)] * 2), 2)
     network = dict(arch="vgg16", width=1, channels=3, classes=10, size=[32, 32])
@@ -1754,7 +1773,15 @@ def test_a_forked_script_in_another_folder_makes_files_of_its_own(tmp_path):
     for name in ("common.py", "cstar.py", "data/digits.npz", "tools/evaluate.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(HERE / name, tmp_path / name.replace("cstar", "mine"))
-    run = spawn("mine.py", *TINY, "--finetune-epochs", "0", "--output", "there", cwd=tmp_path)
+    script = (tmp_path / "mine.py").read_text()                  # with a network of its own, as README tells
+    (tmp_path / "mine.py").write_text(script.replace("\nimport torch\n", """
+import common
+import torch
+common.NETWORKS["mine"] = lambda width, channels, classes, size: nn.Sequential(
+    nn.Conv2d(channels, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, classes))
+""", 1))
+    run = spawn("mine.py", *TINY, "--arch", "mine", "--ratio", "2", "--finetune-epochs", "0",
+                "--output", "there", cwd=tmp_path)
     assert run.wait(180) == 0, run.stderr.read()
     (tmp_path / "elsewhere").mkdir()
     command = ["../tools/evaluate.py", "../there/model.pt", "--eval-images", 40, "--device", "cpu"]
@@ -1762,6 +1789,7 @@ def test_a_forked_script_in_another_folder_makes_files_of_its_own(tmp_path):
     result = json.loads((tmp_path / "there/result.json").read_text())
     shared = ("script", "clean_acc", "robust_acc", "attack")
     assert again["script"] == "mine" and all(again[k] == result[k] for k in shared)
+    assert result["dense_parameters"] == 80 + 584 + 90 > result["parameters"]
 
 
 @pytest.mark.parametrize("sent, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -2102,11 +2130,14 @@ def test_compare_names_rows_as_a_person_does(finished, tmp_path, capsys, monkeyp
         "width 1, from scratch": admm | dict(mode="scratch", target_width=1),
         "single weights, 10x, HYDRA scores": hydra | dict(scores="hydra", objective="pgd"),
         "single weights, 10x, lowest magnitudes, TRADES": hydra | dict(scores="lwm", objective="trades"),
+        "single weights, 10x, snip, MixTrain": hydra | dict(scores="snip", objective="mixtrain"),
         "1 bit, BinaryConnect": relax | dict(bits=1, method="bc"), "4 bits": relax | dict(bits=4),
         "float, 6 more epochs": relax | dict(bits=32)}
     for i, changed in enumerate(rows.values()):
         write_run(f"run{i}", result | dict(args=changed))
     assert labels("run*") == {*rows, "dense"} and not capsys.readouterr().err
+    write_run("fork", result, script="mine")
+    assert labels("fork") == {"mine, low rank, 4x, ADMM", "dense"}
     # Added are flags that differ and the attack's losses; all, where names are equal.
     other = result["attack"] | dict(losses=["margin"])
     write_run("other", result, args=dict(momentum=0.5, width=2), dense=dict(clean_acc=1.0))

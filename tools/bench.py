@@ -228,7 +228,7 @@ def bench_files(paths, device, with_compile):
              "exported": lambda m, x: torch.export.export(m, (x,)).module()}
     try:
         [*map(folded, models)]
-    except TypeError:                                                # noise cannot be traced
+    except (TypeError, ValueError, RuntimeError):                    # torch.fx cannot trace, say, noise
         del forms["folded"]
     if with_compile:                                                 # beyond the limit it would run as plain
         torch._dynamo.config.recompile_limit = 8 + 2 * len(models)

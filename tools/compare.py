@@ -36,9 +36,12 @@ COLUMNS = {                                                      # name: (head, 
     "dead": ("dead channels %", "channel_sparsity"), "nonzeros": ("nonzeros, times fewer", "nonzeros_ratio"),
     "macs": ("MACs, times fewer", "macs_ratio"), "speed": ("times faster, batch 128", "speed"),
     "speed1": ("times faster, batch 1", "speed1"), "flags": ("flags", "flags")}
+SCRIPTS = {"cstar", "admm_prune", "hydra_prune", "binary_relax"}         # others are forks
 SCHEMES = {"filter": "filters", "column": "columns", "irregular": "single weights"}
 MODES = {"scratch": "from scratch", "ticket": "lottery ticket"}
-OBJECTIVES = {"natural": "clean images", "trades": "TRADES", "crown-ibp": "CROWN-IBP", "smooth": "smoothing"}
+OBJECTIVES = {"pgd": "", "natural": "clean images", "trades": "TRADES", "crown-ibp": "CROWN-IBP",
+              "mixtrain": "MixTrain", "smooth": "smoothing"}
+SCORES = {"lwm": "lowest magnitudes", "hydra": "HYDRA scores"}
 OF_SEED = {"seed", "pretrained", "ticket"}                       # flags that may differ with the seed
 FIRST_PHASE = {"admm_epochs", "prune_epochs", "relax_epochs"}
 UNSAID = FIRST_PHASE | {                                         # flags in words, or that follow from others
@@ -137,27 +140,30 @@ def same_but_seed(patterns, base):
 # ---------------------------------------------------------------- what a row is called
 
 def method_of(run):
-    """In words: what is compressed, how far, and how. Each may be empty."""
-    args, mode = run["args"], run["args"].get("mode")
+    """In words: what is compressed (with the name of a fork), how far, and how. Each may be empty."""
+    args, mode, fork = run["args"], run["args"].get("mode"), run["script"] * (run["script"] not in SCRIPTS)
     first, last = sum(args[k] for k in FIRST_PHASE & set(args)), args["finetune_epochs"]
     if args.get("bits") == 32:
-        return "", "float", f"{first + last} more epochs"
+        return fork, "float", f"{first + last} more epochs"
     if "bits" in args:
-        return "", f"{args['bits']} bit{'s' * (args['bits'] > 1)}", "BinaryConnect" * (args["method"] == "bc")
+        bits = f"{args['bits']} bit{'s' * (args['bits'] > 1)}"
+        return fork, bits, "BinaryConnect" * (args["method"] == "bc")
     if mode == "scratch":
-        return "", f"width {args['target_width']}", MODES[mode]
+        return fork, f"width {args['target_width']}", MODES[mode]
     if mode in ("post", "ticket") or args.get("scores") == "lwm":          # all epochs are of fine-tuning
         first, last = 0, first + last
-    what = SCHEMES.get(args.get("scheme"), "low rank" if "rank_rule" in args else run["script"])
+    scheme, scores, objective = (args.get(k, "") for k in ("scheme", "scores", "objective"))
+    what = SCHEMES.get(scheme, "low rank" if "rank_rule" in args else scheme)
     what += ", uniform ranks" * (args.get("rank_rule") == "uniform")
     what += ", grouped" * bool(args.get("group_residual"))
     far = (f"{args['ratio']:g}x" if "ratio" in args else "") + " fewer MACs" * (args.get("budget") == "macs")
     if args.get("target_width") and what == "filters":
         far = f"width {args['width']} to {args['target_width']}"
-    how = ("one-shot", "ADMM") if "scores" not in args else ("lowest magnitudes", "HYDRA scores")
-    how = [MODES.get(mode) or (how[bool(first)] if first + last else "bare cut"),
-           "not fine-tuned" if first and not last else "", OBJECTIVES.get(args.get("objective"))]
-    return what, far, ", ".join(filter(None, how))
+    scores = "lwm" if scores == "hydra" and not first else scores
+    how = SCORES.get(scores, scores) or ("ADMM" if first else "one-shot")
+    how = [MODES.get(mode) or (how if first + last else "bare cut"),
+           "not fine-tuned" if first and not last else "", OBJECTIVES.get(objective, objective)]
+    return ", ".join(filter(None, (fork, what))), far, ", ".join(filter(None, how))
 
 
 def named(words, flags, unsaid=frozenset()):
@@ -257,7 +263,7 @@ def draw(table, path):
     for label, runs in table:
         what, far, how = method_of(runs[0]) if "folder" in runs[0] else ("dense", "", "")
         if what != "dense" and runs[0]["args"].get("bits", 32) < 32:
-            what, how = "fewer bits", how * (runs[0]["args"]["method"] == "bc")
+            what, how = what or "fewer bits", how * (runs[0]["args"]["method"] == "bc")
         size, speed, robust = (mean(run[k] for run in runs) for k in ("bytes", "speed", "robust_acc"))
         low, high = runs[0]["robust_ci"] if len(runs) == 1 else (
             f(run["robust_acc"] for run in runs) for f in (min, max))
