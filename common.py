@@ -633,8 +633,8 @@ def channel_groups(model):
         known = not layer or not [*layer.parameters()] or isinstance(
             layer, (nn.Conv2d, nn.Linear, nn.BatchNorm2d))
         if read and (beside or not known or getattr(layer, "groups", 1) > 1):
-            raise Fault(f"{node}: no filter can be removed that torch.cat, a layer with groups or a "
-                        f"{type(layer).__name__} reads")
+            raise Fault(f"{node}: no filter can be removed that torch.cat, a layer with groups or one of "
+                        "another kind with weights reads")
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             for key in read:
                 groups[key][2].append(node.target)

@@ -1529,7 +1529,7 @@ def test_a_channel_that_only_removed_filters_read_goes_too_and_one_always_stays(
     for odd, why in ((lambda h: h if h.sum() > 0 else -h, "torch.fx finds no graph"),
                      (lambda h: h.unflatten(1, (len(h), 4)), "torch.fx finds no graph"),
                      (lambda h: h[:, :2] + h[:, 2:], "its filters are not the channels that 1 read"),
-                     (nn.Sequential(nn.GroupNorm(1, 4)), "or a GroupNorm reads")):
+                     (nn.Sequential(nn.GroupNorm(1, 4)), "one of another kind with weights reads")):
         network = shaped(odd) if why[0] != "o" else nn.Sequential(nn.Conv2d(1, 4, 1), odd, nn.Conv2d(4, 2, 1))
         with pytest.raises(common.Fault, match=why):
             common.channel_groups(network)
