@@ -256,9 +256,10 @@ def render(args, base):
 
 def draw(table, path):
     """Robust accuracy, with its interval or range, against bytes and against time; a colour is one method.
-    Against time only points of fewer MACs than the dense network's are named: the others lie at 1."""
+    Against time, points of no fewer MACs than the dense network's are only dots: they lie at 1."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+    from matplotlib.transforms import Bbox
     figure, methods, colors = Figure(figsize=(14, 5.5), layout="constrained"), {}, {"dense": "black"}
     for label, runs in table:
         what, far, how = method_of(runs[0]) if "folder" in runs[0] else ("dense", "", "")
@@ -280,28 +281,38 @@ def draw(table, path):
             "bytes of the file", "time for 128 images, dense = 1")):
         for method, own in methods.items():
             color, mark, name = own[0]["color"], *(("x", None) if method == "dense" else ("o", method))
-            x, y, *bars = zip(*((p[key], p["robust"], *p["bar"]) for p in own))
-            axes.errorbar(x, y, bars, fmt=mark, color=color, capsize=2, elinewidth=0.5, label=name)
-            line = [(p[key], p["robust"]) for p in own if "=" not in p["short"]]         # of no other flags
-            axes.plot(*zip(*line), color=color, linewidth=0.8)
+            for p in own:
+                bars = [[length] for length in p["bar"]] if key in p["named"] else None
+                axes.errorbar(p[key], p["robust"], bars, fmt=mark, color=color, ecolor=(color, 0.4),
+                              elinewidth=1, markersize=6 if bars else 3, label=name)
+                name = None
+            line = [(p[key], p["robust"]) for p in own if key in p["named"] and "=" not in p["short"]]
+            axes.plot(*zip(*line), color=color, linewidth=0.8)       # of no other flags
         least, most = (f(p[key] for p in points) for f in (min, max))
         if key == "bytes":
-            axes.set(xlabel=xlabel, xscale="log", xlim=(least / 1.2, most * 2.1))
+            axes.set(xlabel=xlabel, xscale="log", xlim=(least / 1.2, most * 2.6))
             axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=EngFormatter("B"),
                            minor_formatter=NullFormatter())
         else:
             axes.set(xlabel=xlabel, xlim=(0, most * 1.15))
         figure.draw_without_rendering()                          # settles the scale of the axes
-        boxes = []
-        for p in (p for p in points if key in p["named"]):       # a label moves up where another one is
-            x, y = axes.transData.transform((p[key], p["robust"])) * 72 / figure.dpi         # in points
-            place = y
-            for left, right, other in boxes:
-                if left < x + 4 * len(p["short"]) and x < right and abs(place - other) < 9:
-                    place = other + 9
-            boxes.append((x, x + 4 * len(p["short"]), place))
-            axes.annotate(p["short"], (p[key], p["robust"]), (5, place - y + 3), textcoords="offset points",
-                          fontsize=7, color=p["color"]).set_in_layout(False)
+        places = [axes.transData.transform((p[key], p["robust"])) for p in points]
+        taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in places]
+        where = [(side, -4 * side * step) for step in (1, 2, 3, 4, -1, -2) for side in (1, -1)]
+        for p in (p for p in points if key in p["named"]):       # a label goes where it hides least
+            def label(side, height):
+                text = axes.annotate(p["short"], (p[key], p["robust"]), (6 * side, height), fontsize=7,
+                                     textcoords="offset points", va="center", color=p["color"],
+                                     ha=("right", "center", "left")[side + 1])
+                text.set_in_layout(False)
+                return text
+
+            def hidden(place):
+                text = label(*place)
+                own = text.get_window_extent()
+                text.remove()
+                return sum(own.overlaps(box) for box in taken)
+            taken.append(label(*min(where, key=hidden)).get_window_extent())
     figure.axes[0].set_ylabel("robust accuracy, % (95 % interval or range)")
     figure.axes[0].legend(loc="lower right", fontsize=8)
     drawn = "; ".join(f"{p['label']}: {p['bytes']:.0f} {p['robust']:.1f}" for p in points)
