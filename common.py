@@ -230,7 +230,8 @@ def cli(main):
             more = f"; the last finished epoch is kept. To continue: {command}" if Run.active else ""
             message = f"stopped{more}"
     except Exception as fault:
-        status, of_memory = 1, re.search("of mem|ate mem|ALLOC_F|worker .*(Killed|Bus)", str(fault))
+        status, of_memory = 1, re.search(
+            "of mem|ate mem|ALLOC_F|find an engine|worker .*(Killed|Bus)", str(fault))
         if isinstance(fault, MemoryError) or isinstance(fault, RuntimeError) and of_memory:
             message = "out of memory; smaller --batch-size, --width, --eval-images, --workers may help"
         elif dist.is_initialized():                                  # a bug: printed, then ended as below
@@ -271,7 +272,8 @@ def meet(collective, *args):
         if world() > 1:
             collective(*args)
     except RuntimeError as fault:                                    # gloo has no error of its own for this
-        raise Fault(f"another process is out of reach ({first_line(fault).partition('. ')[0]})") from None
+        reason = first_line(str(fault).rpartition("Last error:")[2])                 # NCCL's last line tells
+        raise Fault(f"another process is out of reach ({reason.partition('. ')[0]})") from None
 
 
 def average_(tensors):

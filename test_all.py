@@ -1859,9 +1859,13 @@ def test_whatever_ends_a_program_is_one_line(tmp_path, monkeypatch):
     status, errors = run_cli(interrupted, ["--seed", "3"], monkeypatch, Terminal)
     assert status == 130 and errors.count("\n") == 1
     assert errors.rpartition("\r\033[K")[2].startswith("cstar.py: stopped") and "--seed 3 --resume" in errors
-    full = Mock(side_effect=RuntimeError("CUDA error: out of memory"))
-    for main in (lambda: torch.empty(10**15), lambda: np.empty(10**15), full):
+    full = Mock(side_effect=[RuntimeError("CUDA error: out of memory"), RuntimeError(
+        "GET was unable to find an engine to execute this computation")])          # cuDNN's word for it
+    for main in (lambda: torch.empty(10**15), lambda: np.empty(10**15), full, full):
         ends(main, [], monkeypatch, 1, "out of memory")
+    with monkeypatch.context() as two, pytest.raises(common.Fault, match="reach .Cuda failure 2"):
+        two.setattr(common, "world", lambda: 2)
+        common.meet(Mock(side_effect=RuntimeError("NCCL error in: a.cpp:1\nLast error:\nCuda failure 2")))
     for main, status in ((lambda: cstar.main(["--epsilon", "8"]), 2), (interrupted, 130)):
         assert run_cli(main, [], monkeypatch, lambda: None)[0] == status                 # `2>&-`
     unreachable = Mock(side_effect=OSError("Network is unreachable"))
