@@ -76,7 +76,9 @@ def get_args(argv=None):
         "finetune" if args.mode == "ticket" else "pretrain"])
     if args.target_width and (args.ratio or args.target_width > args.width):
         parser.error(f"argument --target-width: not with --ratio, and from 1 to {args.width}, the width")
-    args.ratio = args.width / args.target_width if args.target_width else args.ratio or 4.0
+    if args.target_width:
+        args.ratio = args.width / args.target_width
+    args.ratio = args.ratio or 4.0
     if args.mode == "scratch" and (not args.target_width or args.scheme != "filter"):
         parser.error("argument --mode: scratch needs --target-width, and no --scheme")
     if args.mode in ("scratch", "ticket") and args.pretrained:
@@ -274,8 +276,8 @@ def main(argv=None):
     run = Run(args, data, __file__, phases, argv)
     if run.result:
         return run.result
-    initial = run.compute_once("initial", lambda: {} if args.pretrained or args.mode != "admm" else
-                               {name: t.clone() for name, t in model.state_dict().items()})
+    to_keep = {} if args.pretrained or args.mode != "admm" else model.state_dict()
+    initial = run.compute_once("initial", lambda: {name: t.clone() for name, t in to_keep.items()})
     model = prepare(model, args)
     layers = prunable(model)
 

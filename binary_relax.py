@@ -46,6 +46,7 @@ CIFAR-100 43.94 %. No accuracy of theirs is known to us. What we measured is in 
 import contextlib
 import math
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -80,7 +81,8 @@ def get_args(argv=None):
     paper.add_argument("--members", type=whole(1, 100), help="networks in an enresnet (default: 1)")
     paper.add_argument("--noise", type=number(0, 10), help="a of an enresnet (default: 0.1)")
     args = parser.parse_args(argv)
-    ensemble = args.arch in (None, "enresnet") and (args.arch, args.dataset) != (None, "imagenet")
+    recipe = parser.recipes.get(args.dataset, parser.recipes["cifar10"])
+    ensemble = (args.arch or recipe["arch"]) == "enresnet"
     own = dict(depth=20, members=1, noise=0.1)
     if not ensemble:
         parser.refuse(args, "without --arch enresnet", *own)
@@ -171,8 +173,8 @@ def make_network(arch, size, mean=None, std=None, **network):
 def build(artifact):
     """The network of a model.pt or dense.pt."""
     state = dict(artifact["state"])
-    for name, codes in unpack(artifact.get("codes"), artifact.get("shapes_of_codes", {}),
-                              artifact.get("bits_of_codes")).items():
+    packed, shapes, bits = (artifact.get(key) for key in ("codes", "shapes_of_codes", "bits_of_codes"))
+    for name, codes in unpack(packed, shapes or {}, bits).items():
         state[name] = state.pop(f"{name}.scale") * codes
     return resize_(make_network(**artifact["network"]), state)
 
@@ -183,8 +185,8 @@ def quantisable(model):
     """{name: weight} of all convolutions but those in shortcuts, and of hidden linear layers."""
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     classifiers = [m.fc for m in model.members] if isinstance(model, EnResNet) else [layers[-1][1]]
-    return {f"{name}.weight": m.weight for name, m in layers
-            if m not in classifiers and not {"shortcut", "downsample"} & set(name.split("."))}
+    shortcuts = [m for name, m in layers if {"shortcut", "downsample"} & set(name.split("."))]
+    return {f"{name}.weight": m.weight for name, m in layers if m not in classifiers + shortcuts}
 
 
 def project(v, bits):
@@ -234,8 +236,9 @@ def without_dead(model, state):
     EnResNet these are channels within blocks: those between blocks also enter the noise and the sum."""
     groups = [({f"{name}.conv1": f"{name}.bn2"}, [], [f"{name}.conv2"])
               for name, m in model.named_modules() if isinstance(m, NoisyBlock)]
-    with contextlib.suppress(Fault):                                 # then nothing is removed
-        groups = groups if isinstance(model, EnResNet) else channel_groups(model)
+    if not isinstance(model, EnResNet):
+        with contextlib.suppress(Fault):                             # then nothing is removed
+            groups = channel_groups(model)
     for group in reversed(groups):                               # a removed reader may leave its inputs dead
         writers, _, readers = group
         count = len(state[f"{next(iter(writers))}.weight"])
@@ -251,9 +254,8 @@ def pack(codes, bits):
     packed = [torch.empty(0, dtype=torch.uint8)]
     for c in codes:
         c = (c.flatten() > 0 if bits == 1 else c.flatten() + 2**(bits - 1) - 1).to(torch.uint8)
-        c = (c[:, None] >> torch.arange(bits, dtype=torch.uint8) & 1).flatten()      # the lowest bit first
-        c = F.pad(c, (0, -len(c) % 8)).view(-1, 8)
-        packed.append((c << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8))
+        each = np.unpackbits(c[:, None].numpy(), 1, bits, "little")                  # (n, bits)
+        packed.append(torch.from_numpy(np.packbits(each, bitorder="little")))
     return torch.cat(packed)
 
 
@@ -265,9 +267,9 @@ def unpack(packed, shapes, bits):
         size = -(-count * bits // 8)
         if size > len(packed):
             raise ValueError("codes are missing")
-        part, packed = packed[:size, None], packed[size:]
-        c = (part >> torch.arange(8, dtype=torch.uint8) & 1).flatten()[:count * bits].view(count, bits)
-        c = (c << torch.arange(bits, dtype=torch.uint8)).sum(1).float().view(shape)
+        part, packed = packed[:size], packed[size:]
+        each = np.unpackbits(part.numpy(), count=count * bits, bitorder="little").reshape(count, bits)
+        c = torch.from_numpy(np.packbits(each, 1, "little")).float().view(shape)
         codes[name] = 2 * c - 1 if bits == 1 else c - (2**(bits - 1) - 1)
     if shapes and len(packed):
         raise ValueError(f"{len(packed)} bytes of codes too many")
@@ -277,18 +279,19 @@ def unpack(packed, shapes, bits):
 def encode(model, bits):
     """q of a network that holds v, as build() reads it: the state, with scales instead of quantised weights
     and without dead channels; the codes, packed; and the sparsity of q, in per cent."""
-    state, targets = {name: t.detach().cpu() for name, t in model.state_dict().items()}, quantisable(model)
-    scales = {}
+    state = {name: t.detach().cpu() for name, t in model.state_dict().items()}
+    targets, scales = quantisable(model), {}
+    coded = targets if bits < 32 else ()
     if bits < 32 and len([*model.named_parameters(remove_duplicate=False)]) > len([*model.parameters()]):
         raise Fault("layers that share a weight cannot be saved as codes")
-    for name in targets if bits < 32 else ():
+    for name in coded:
         if not state[name].isfinite().all():
             raise Fault(f"{name} is not finite: training has diverged (try a lower rate, or --amp off)")
         state[name], scale = project(state[name], bits)                  # [B]
         scales[f"{name}.scale"] = scale[None]
     found = sparsity([state[name] * scales.get(f"{name}.scale", 1) for name in targets])
     state = without_dead(model, state)
-    codes = {name: state.pop(name) for name in targets} if scales else {}
+    codes = {name: state.pop(name) for name in coded}
     return state | scales, dict(codes=pack(codes.values(), bits), bits_of_codes=bits,
                                 shapes_of_codes={name: list(c.shape) for name, c in codes.items()}), found
 
@@ -299,7 +302,8 @@ def train_epoch(model, batches, optimizer, schedule, args, weights=(), lam=math.
     """One epoch in which the parameters `weights` are relaxed [C]; with none, training is of float weights.
     The attack's radius and step are multiplied by `strength`. Returns what is logged: mean loss [F], per cent
     right on the adversarial images of training, and on clean ones where they are in the loss."""
-    share, right, total, n = dict(robust=args.adv_weight, clean=args.nat_weight), {}, 0, 0
+    share = dict(robust=args.adv_weight, clean=args.nat_weight)
+    right, total, n = {}, 0, 0
     for x, y in batches:
         with relaxed(weights, args.bits, lam):                       # [C]
             with autocast(args):

@@ -34,6 +34,7 @@ import torch.distributed as dist
 import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.optim.swa_utils import update_bn
 from torch.utils.flop_counter import FlopCounterMode
 
 # Default flags by data set; compress_epochs: --admm-, --prune- or --relax-epochs. We chose the epochs.
@@ -88,13 +89,13 @@ class Parser(argparse.ArgumentParser):
 
 def number(low, high=10**9, kind=float, hint=""):
     """An argparse type: a finite float (8/255 counts as one) or an int, in [low, high]."""
+    name = "number" if kind is float else "whole number"
     def convert(text):
         with contextlib.suppress(ValueError, ZeroDivisionError, OverflowError):
             value = float(Fraction(text)) if kind is float else int(text)
             if low <= value <= high:
                 return value
-        raise argparse.ArgumentTypeError(
-            f"{text} is not a {'whole ' * (kind is int)}number from {low} to {high}{hint}")
+        raise argparse.ArgumentTypeError(f"{text} is not a {name} from {low} to {high}{hint}")
     return convert
 
 
@@ -107,11 +108,13 @@ def script_parser(doc, script, phase, networks=(), adapt=lambda recipe: {}):
     """A script's parser, with the flags that all four share. phase: its flag for compress_epochs; networks:
     values of --arch that it alone knows; adapt(recipe): its changes to one of RECIPES."""
     parser = Parser(doc, prog=Path(script).name)
-    parser.recipes = {name: {phase if k == "compress_epochs" else k: v for k, v in (r | adapt(r)).items()}
-                      for name, r in RECIPES.items()}
-    lines = (" ".join([f"  {name}:", *(f"--{k.replace('_', '-')} {v if isinstance(v, str) else f'{v:.5g}'}"
-                                       for k, v in r.items())]) for name, r in parser.recipes.items())
-    parser.epilog = "\n".join(["defaults of each data set:", *lines])
+    parser.recipes, parser.epilog = {}, "defaults of each data set:"
+    for name, recipe in RECIPES.items():
+        flags = {phase if k == "compress_epochs" else k: v for k, v in (recipe | adapt(recipe)).items()}
+        parser.recipes[name] = flags
+        parser.epilog += f"\n  {name}:"
+        for k, v in flags.items():
+            parser.epilog += f" --{k.replace('_', '-')} {v if isinstance(v, str) else f'{v:.5g}'}"
     run = parser.add_argument_group("run")
     run.add_argument("--dataset", default="cifar10", help=f"{', '.join(RECIPES)} or a folder")
     run.add_argument("--data-dir", default="data", help="where data sets are looked for and downloaded to")
@@ -179,9 +182,10 @@ def resolve(parser, args, longest_ramp=lambda args: args.pretrain_epochs, **defa
 
 def check_device(name):
     """'auto', 'cpu', 'cuda' or 'cuda:1' -> 'cpu' or 'cuda:N'; UsageFault if that is not there."""
-    here = [*(f"cuda:{i}" for i in range(torch.cuda.is_available() and torch.cuda.device_count())), "cpu"]
-    if name == "auto" or name == "cuda" and len(here) > 1:           # of several processes, each has its own
-        name = f"cuda:{os.environ['LOCAL_RANK']}" if world() > 1 and len(here) > 1 else here[0]
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    here = [*(f"cuda:{i}" for i in range(count)), "cpu"]
+    if name == "auto" or name == "cuda" and count:                   # of several processes, each has its own
+        name = f"cuda:{os.environ['LOCAL_RANK']}" if world() > 1 and count else here[0]
     elif world() > 1 and ":" in name:
         here = ["cuda", "cpu"]
     if name not in here:
@@ -200,7 +204,7 @@ def progress(items, label, total, later=0):
             to_go = f", {rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02} to go" if i else ""
             print(f"{CLEAR}{label}: {i + 1}/{total}{to_go}", end="", file=sys.stderr, flush=True)
         yield item
-    print(CLEAR * terminal, end="", file=sys.stderr, flush=True)
+    print(CLEAR if terminal else "", end="", file=sys.stderr, flush=True)
 
 
 def cli(main):
@@ -216,8 +220,9 @@ def cli(main):
         try:
             main()
         finally:                                                     # torchrun stops the rest once one ends
-            for sent in (signal.SIGINT, signal.SIGTERM) if dist.is_initialized() else ():
-                signal.signal(sent, signal.SIG_IGN)
+            if dist.is_initialized():
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
     except BrokenPipeError:                                          # `| head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
@@ -230,16 +235,15 @@ def cli(main):
             more = f"; the last finished epoch is kept. To continue: {command}" if Run.active else ""
             message = f"stopped{more}"
     except Exception as fault:
-        status, of_memory = 1, re.search(
-            "of mem|ate mem|ALLOC_F|find an engine|worker .*(Killed|Bus)", str(fault))
-        if isinstance(fault, MemoryError) or isinstance(fault, RuntimeError) and of_memory:
+        status, words = 1, "of mem|ate mem|ALLOC_F|find an engine|worker .*(Killed|Bus)"
+        if isinstance(fault, MemoryError) or isinstance(fault, RuntimeError) and re.search(words, str(fault)):
             message = "out of memory; smaller --batch-size, --width, --eval-images, --workers may help"
         elif dist.is_initialized():                                  # a bug: printed, then ended as below
             traceback.print_exc()
         else:
             raise
     if message and (not dist.is_initialized() or join().add("messages", 1) == 1):        # one prints it
-        print(f"{CLEAR * sys.stderr.isatty()}{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        print(f"{CLEAR if sys.stderr.isatty() else ''}{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     if dist.is_initialized():
         sys.stdout.flush()
         os._exit(status or 0)                            # a tidy end could wait for processes that are gone
@@ -279,7 +283,8 @@ def meet(collective, *args):
 def average_(tensors):
     """Replaces each tensor by its mean over all processes in one message."""
     if world() > 1 and tensors:
-        meet(dist.all_reduce, flat := torch.cat([t.flatten() for t in tensors]))
+        flat = torch.cat([t.flatten() for t in tensors])
+        meet(dist.all_reduce, flat)
         for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
             t.copy_(total.view_as(t) / world())
 
@@ -343,13 +348,13 @@ class Photos:
     def load(self, batches, device, seed=None):
         """Yields photos for each batch of indices (B,), cropped randomly or, without seed, centrally."""
         from torchvision.transforms import v2
-        crop = v2.Compose([v2.Resize(PHOTO * 256 // 224), v2.CenterCrop(PHOTO)] if seed is None else [
-            v2.RandomResizedCrop(PHOTO), v2.RandomHorizontalFlip()])
+        central = [v2.Resize(PHOTO * 256 // 224), v2.CenterCrop(PHOTO)]
+        random = [v2.RandomResizedCrop(PHOTO), v2.RandomHorizontalFlip()]
+        crop = v2.Compose(central if seed is None else random)
         warnings.filterwarnings("ignore", "This DataLoader will create")         # more processes than cores
-        loader = torch.utils.data.DataLoader(
-            range(len(self.files)), batch_sampler=[index.tolist() for index in batches],
-            collate_fn=functools.partial(self.decode, crop=crop, seed=seed),
-            num_workers=self.workers, pin_memory=str(device) != "cpu")
+        loader = torch.utils.data.DataLoader(                        # its items are whole batches
+            [index.tolist() for index in batches], batch_size=None, num_workers=self.workers,
+            collate_fn=functools.partial(self.decode, crop=crop, seed=seed), pin_memory=str(device) != "cpu")
         for images in loader:
             if isinstance(images, Fault):
                 raise images
@@ -400,7 +405,7 @@ def load_data(args):
     default = min(max(1000, len(classes)), len(test[1])) if args.device == "cpu" else 0
     counts, pairs = (args.train_images, default if args.eval_images is None else args.eval_images), []
     for (images, labels), flag, count in zip((train, test), ("--train-images", "--eval-images"), counts):
-        least = max(len(classes), 2 * world() * (flag == "--train-images"))
+        least = max(len(classes), 2 * world()) if flag == "--train-images" else len(classes)
         if count and not least <= count <= len(labels):
             raise UsageFault(f"argument {flag}: {count} is not from {least} to {len(labels)} (all)")
         if 0 < count < len(labels):
@@ -448,11 +453,11 @@ def read_folders(root, workers, photos):
         odd = sorted(set(names[0]) ^ set(names[-1]))
         if odd or len(names[0]) < 2:
             raise Fault(f"{split} has {len(names[-1])} class folders; wanted: two or more, those of train "
-                        f"(differing: {', '.join(odd[:5]) or 'none'}{', ...' * (len(odd) > 5)})")
+                        f"(differing: {', '.join(odd[:5]) or 'none'}{', ...' if len(odd) > 5 else ''})")
         files = [[os.fsencode(f"{split / name}/{e}") for e in entries(split / name)] for name in names[0]]
         if [] in files:
             raise Fault(f"{split / names[0][files.index([])]} holds no images")
-        splits.append(np.array([*itertools.chain(*files)]))
+        splits.append(np.concatenate(files))
         labels.append(np.repeat(range(len(files)), [*map(len, files)]))
     train, test = splits if photos else read_images(splits, workers)
     order = balanced(labels[1])                                  # till now sorted by class
@@ -554,12 +559,14 @@ def cnn(width, channels, classes, size, convs, linear, padding=1, pool=1):
     """Convolutions (channels at width 16, kernel, stride), perhaps pooled, then linear layers (units)."""
     layers, (h, w) = [], size
     for c, kernel, stride in convs:
-        layers += [nn.Conv2d(channels, channels := -(-c * width // 16), kernel, stride, padding), nn.ReLU()]
+        before, channels = channels, math.ceil(c * width / 16)
+        layers += [nn.Conv2d(before, channels, kernel, stride, padding), nn.ReLU()]
         layers += [nn.MaxPool2d(pool)] if pool > 1 else []
         h, w = (((n + 2 * padding - kernel) // stride + 1) // pool for n in (h, w))
     layers, units = [*layers, nn.Flatten()], channels * h * w
     for n in linear:
-        layers += [nn.Linear(units, units := -(-n * width // 16)), nn.ReLU()]
+        before, units = units, math.ceil(n * width / 16)
+        layers += [nn.Linear(before, units), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(units, classes))
 
 
@@ -590,7 +597,7 @@ def build_network(arch, width, channels, classes, size, mean=None, std=None):
         raise UsageFault(f"argument --arch: {arch} is too deep for {size[0]}x{size[1]}; its least is {least}")
     if photos:
         from torchvision import models
-        model = getattr(models, arch.removeprefix("imagenet_"))(num_classes=classes)
+        model = models.get_model(arch.removeprefix("imagenet_"), num_classes=classes)
         return normalised(model, mean or (0.485, 0.456, 0.406), std or (0.229, 0.224, 0.225))
     return normalised(NETWORKS[arch](width, channels, classes, size), mean, std)
 
@@ -610,7 +617,7 @@ def network_of(args, data):
     network = dict(arch=args.arch, width=args.width, channels=channels, classes=len(data.classes), size=size)
     if min(size) >= 224 and not args.arch.startswith("imagenet"):
         raise UsageFault(f"argument --arch: {args.arch} is for small images; photos want imagenet_resnet18")
-    if (args.mean or args.std) and not len(args.mean or ()) == len(args.std or ()) == channels:
+    if [len(args.mean or ()), len(args.std or ())] not in ([0, 0], [channels, channels]):
         raise UsageFault(f"argument --mean: it and --std want {channels} numbers each, one a channel")
     return network | (dict(mean=args.mean, std=args.std) if args.mean else {})
 
@@ -632,12 +639,12 @@ def channel_groups(model):
         layer = modules.get(node.target) if node.op == "call_module" else None
         read = sorted({group_of[source] for source in node.all_input_nodes if source in group_of})
         beside = node.target in (torch.cat, torch.concat, torch.concatenate, torch.hstack, torch.stack)
-        known = not layer or not [*layer.parameters()] or isinstance(
-            layer, (nn.Conv2d, nn.Linear, nn.BatchNorm2d))
-        if read and (beside or not known or getattr(layer, "groups", 1) > 1):
+        reader = isinstance(layer, (nn.Conv2d, nn.Linear))
+        other = layer and [*layer.parameters()] and not (reader or isinstance(layer, nn.BatchNorm2d))
+        if read and (beside or other or getattr(layer, "groups", 1) > 1):
             raise Fault(f"{node}: no filter can be removed that torch.cat, a layer with groups or one of "
                         "another kind with weights reads")
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+        if reader:
             for key in read:
                 groups[key][2].append(node.target)
             group_of[node] = len(group_of)
@@ -655,8 +662,8 @@ def channel_groups(model):
                 group_of |= {n: read[0] for n in group_of if group_of[n] == key}
             groups[read[0]] = writers, norms, readers
     for writers, norms, readers in groups.values():              # chunk() or reshape() may lie between
-        count, *more = {len(modules[name].weight) for name in (*writers, *norms)}
-        if more or any(modules[name].weight.shape[1] % count for name in readers):
+        counts = {len(modules[name].weight) for name in (*writers, *norms)}
+        if len(counts) > 1 or any(modules[name].weight.shape[1] % min(counts) for name in readers):
             raise Fault(f"{[*writers][0]}: its filters are not the channels that {', '.join(readers)} read")
     return [group for group in groups.values() if group[2]]
 
@@ -678,9 +685,10 @@ def without_channels(state, groups, alive):
 def resize_(model, state):
     """Loads the state into the model, first shrinking layers whose weights it has smaller."""
     for name, m in list(model.named_modules()):
-        s, *c = getattr(state.get(f"{name}.weight"), "shape", (0,))
-        if not s or m.weight.shape == (s, *c):
+        weight = state.get(f"{name}.weight")
+        if weight is None or weight.shape == m.weight.shape:
             continue
+        s, *c = weight.shape
         if isinstance(m, nn.Conv2d):
             new = nn.Conv2d(c[0], s, m.kernel_size, m.stride, m.padding, m.dilation, bias=m.bias is not None,
                             padding_mode=m.padding_mode)
@@ -756,10 +764,9 @@ def prepare(model, args):
 
 def make_optimizer(model, lr, epochs, data, args, adam=False, undecayed=(), rise=0.2):
     """SGD with Nesterov momentum, or Adam, and its schedule: to lr in `rise` of the steps, then to 0."""
-    groups = [dict(params=[*model.parameters()]), dict(params=[*undecayed], weight_decay=0.0)]
-    kind, momentum = (torch.optim.Adam, {}) if adam else (torch.optim.SGD, dict(
-        momentum=args.momentum, nesterov=args.momentum > 0, fused=True))
-    optimizer = kind(groups, lr, weight_decay=args.weight_decay, **momentum)
+    groups = [dict(params=[*model.parameters()], weight_decay=args.weight_decay), dict(params=[*undecayed])]
+    optimizer = torch.optim.Adam(groups, lr) if adam else torch.optim.SGD(
+        groups, lr, args.momentum, nesterov=args.momentum > 0, fused=True)
     optimizer.register_step_pre_hook(lambda *_: average_(        # losses are means, and shares equally large
         [p.grad for group in groups for p in group["params"] if p.grad is not None]))
     steps = max(1, epochs * data.steps(args.batch_size))
@@ -768,18 +775,9 @@ def make_optimizer(model, lr, epochs, data, args, adam=False, undecayed=(), rise
 
 
 @torch.compiler.set_stance("force_eager")                            # no compiling for these few passes
-@torch.no_grad()
 def reestimate_batchnorm_(model, batches, count):
     """Running statistics become averages over `count` batches: a cut moves every activation."""
-    norms = {m: m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None
-    model.train()
-    for _, (x, _) in progress(zip(range(count), batches if norms else ()), "batch norms", count):
-        model(x)
-    for m, momentum in norms.items():
-        m.momentum = momentum
+    update_bn(progress(itertools.islice(batches, count), "batch norms", count), model)
 
 
 def ramp(epoch, epochs):
@@ -837,13 +835,13 @@ def pgd(model, x, y, epsilon, step_size, num_steps, *, loss="ce", random_start=T
     finite = torch.ones((), dtype=torch.bool, device=x.device)
     with frozen(model), torch.enable_grad():
         for t in range(num_steps):
-            x_adv = x_adv.detach().requires_grad_()
+            leaf = x_adv.detach().requires_grad_()
             gradient = 0
             for _ in range(eot):
-                logits = model(x_adv).float()
-                gradient = gradient + torch.autograd.grad(objective(logits, y).sum(), x_adv)[0]
+                logits = model(leaf).float()
+                gradient = gradient + torch.autograd.grad(objective(logits, y).sum(), leaf)[0]
             finite = gradient.isfinite().all() & finite
-            x_adv, size = x_adv.detach(), step_size * (0.1 ** (t / max(1, num_steps - 1)) if anneal else 1)
+            size = step_size * 0.1 ** (t / max(1, num_steps - 1)) if anneal else step_size
             x_next = torch.clamp(x_adv + size * gradient.sign(), lower, upper)
             if anneal and t:
                 x_next = torch.clamp(0.75 * x_next + 0.25 * (2 * x_adv - previous), lower, upper)
@@ -1187,13 +1185,13 @@ def load_pretrained(model, path, network):
     if not Path(path).is_file():
         raise UsageFault(f"argument --pretrained: there is no file {path}")
     content, state = read_file(path, own=False), {}
-    if isinstance(content, dict) and "format" in content:
+    content = content if isinstance(content, dict) else {}
+    if "format" in content:
         artifact = read_artifact(path)
-        state, kind, found = (artifact[key] for key in ("state", "kind", "network"))
+        state, kind, found = artifact["state"], artifact["kind"], artifact["network"]
         if (kind, found) != ("dense", network):
             raise UsageFault(f"argument --pretrained: {path} holds {kind} {found}, not dense {network}")
     else:
-        content = content if isinstance(content, dict) else {}
         for key in ("state_dict", "model_state_dict", "net", "model"):
             content = content[key] if isinstance(content.get(key), dict) else content
         left = {canonical(str(key)): t for key, t in content.items() if torch.is_tensor(t)}
@@ -1226,11 +1224,13 @@ class Run:
         self.args, self.data, self.script, self.phases = args, data, Path(script).stem, phases
         elsewhere = ("output", "resume", "data_dir", "workers", "device")     # may differ when continued
         self.flags = {k: v for k, v in vars(args).items() if k not in elsewhere}
-        parts = {k: f"{k[0]}{v:g}" for k, v in self.flags.items() if k in ("width", "seed", "ratio", "bits")}
-        parts |= dict(dataset=Path(args.dataset).name, arch=args.arch)           # a data set may be a path
-        words = (parts.get(k, v) for k, v in self.flags.items()      # of the rest, those that are one word
-                 if k in parts or re.fullmatch("[a-z-]+", str(v)))
-        args.output = args.output or f"runs/{'-'.join([self.script, *words])}"
+        words = [self.script]                                        # of flags that tell, and of one word
+        for k, v in self.flags.items():
+            if k in ("width", "seed", "ratio", "bits"):
+                words.append(f"{k[0]}{v:g}")
+            elif k in ("dataset", "arch") or re.fullmatch("[a-z-]+", str(v)):
+                words.append(Path(v).name)                           # a data set may be a path
+        args.output = args.output or f"runs/{'-'.join(words)}"
         self.folder = Path(args.output)
         if not self.script.isidentifier() or not Path(__file__).with_name(f"{self.script}.py").is_file():
             raise UsageFault(f"{script} must lie beside common.py, with only letters, digits and _ in its "
@@ -1311,7 +1311,8 @@ class Run:
         """One line of key:value on stdout, and the same as JSON in log.jsonl."""
         if self.phase in self.phases:                            # each process measured its share
             names = [k for k, v in fields.items() if isinstance(v, float)]
-            average_([means := torch.tensor([fields[k] for k in names], dtype=torch.float64)])
+            means = torch.tensor([fields[k] for k in names], dtype=torch.float64)
+            average_([means])
             fields |= zip(names, means.tolist())
         if self.phase:
             fields = {"phase": self.phase, **fields, "seconds": round(time.time() - self.begin, 2)}
@@ -1367,7 +1368,8 @@ class Run:
     def batches(self):
         """One epoch's training batches, inside epochs() only; the time to go is shown for all training."""
         size, steps = self.args.batch_size, self.data.steps(self.args.batch_size)
-        later = sum([*self.phases.values()][[*self.phases].index(self.phase):]) - self.epoch - 1
+        names = [*self.phases]
+        later = sum(self.phases[name] for name in names[names.index(self.phase):]) - self.epoch - 1
         return progress(self.data.batches(size, self.generator), self.where[:-2], steps, later * steps)
 
     def finish(self, extra_metrics=None, **more):

@@ -118,7 +118,8 @@ def factorisable(model):
 def cost(shape, rank, places=(1, 1)):
     """[B] Parameters of a weight of that shape at that rank, None being dense; or, given places = (positions
     in the layer's input, in its output), its multiply-accumulates per image."""
-    s, c, k2, (inputs, outputs) = shape[0], shape[1], math.prod(shape[2:]), places
+    (s, c, *kernel), (inputs, outputs) = shape, places
+    k2 = math.prod(kernel)
     if rank is None:
         return s * c * k2 * outputs
     if k2 == 1:
@@ -130,14 +131,11 @@ def positions(model, network):
     """{name: (positions in its input, in its output)} of all convolutions and linear layers."""
     places = {}
     def note(layer, inputs, output):
-        places[layer] = inputs[0].numel() // layer.weight.shape[1], output.numel() // len(layer.weight)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
-    hooks = [m.register_forward_hook(note) for m in layers.values()]
-    with evaluating(model):
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            places[layer] = inputs[0].numel() // layer.weight.shape[1], output.numel() // len(layer.weight)
+    with evaluating(model), nn.modules.module.register_module_forward_hook(note):
         model(torch.zeros(1, network["channels"], *network["size"]))
-    for hook in hooks:
-        hook.remove()
-    return {name: places[m] for name, m in layers.items()}
+    return {name: places[m] for name, m in model.named_modules() if m in places}
 
 
 def budget_of(model, ratio, places=None):
@@ -164,8 +162,9 @@ def full_rank(w):
 def error_table(w):
     """[C] Squared errors of the projection at all ranks: (S, C), entry [ro - 1, ri - 1]; of a matrix
     (min(S, C),)."""
-    *core, _, b = tucker2(w, full_rank(w))                       # of a matrix, columns of b as long as its
-    energy = kept = core[0].square().sum((2, 3)) if core else b.square().sum(0)      # singular values
+    *core, _, b = tucker2(w, full_rank(w))       # of a matrix, b's columns are as long as its singular values
+    energy = core[0].square().sum((2, 3)) if core else b.square().sum(0)
+    kept = energy
     for mode in range(energy.dim()):
         kept = kept.cumsum(mode)
     return (energy.sum() - kept).clamp_min(0)
@@ -176,11 +175,12 @@ def chain(w, least, places=(1, 1)):
     rank down: each step lowers by one the rank that loses less energy for the cost saved."""
     table = (error_table(w) / w.double().square().sum().clamp_min(1e-300)).numpy()
     error = lambda rank: float(table[tuple(r - 1 for r in rank)])
-    rank, dense = full_rank(w), (cost(w.shape, None, places), 0.0, None)
-    states = [dense]
+    rank, dense = full_rank(w), cost(w.shape, None, places)
+    states = [(dense, 0.0, None)]
     while rank:
         size = cost(w.shape, rank, places)
-        states += [(size, error(rank), rank)] if size < dense[0] else []
+        if size < dense:
+            states.append((size, error(rank), rank))
         def loss_per_cost(below):
             return (error(below) - error(rank)) / (size - cost(w.shape, below, places))
         smaller = [(*rank[:mode], r - 1, *rank[mode + 1:]) for mode, r in enumerate(rank) if r > least[mode]]
@@ -198,8 +198,8 @@ def hull_segments(states):
                 break
             hull.pop()
         hull.append(i)
-    return [((states[j][1] - states[i][1]) / (states[j][0] - states[i][0]), states[i + 1:j + 1])
-            for i, j in zip(hull, hull[1:])]
+    slope = lambda i, j: (states[j][1] - states[i][1]) / (states[j][0] - states[i][0])
+    return [(slope(i, j), states[i + 1:j + 1]) for i, j in zip(hull, hull[1:])]
 
 
 def rank_path(weights, places, floor):
@@ -208,12 +208,16 @@ def rank_path(weights, places, floor):
     full = {name: full_rank(w) for name, w in weights.items()}
     least = {name: [math.ceil(floor * n) for n in rank] for name, rank in full.items()}
     ranks = {name: [1] * len(rank) for name, rank in full.items()}
-    for _, name, mode, r in sorted((r / n, name, mode, r) for name, rank in full.items()
-                                   for mode, n in enumerate(rank) for r in range(2, least[name][mode] + 1)):
+    rises, segments = [], []
+    for name, rank in full.items():
+        for mode, n in enumerate(rank):
+            rises += [(r / n, name, mode, r) for r in range(2, least[name][mode] + 1)]
+    for _, name, mode, r in sorted(rises):
         ranks[name][mode] = r
         yield name, tuple(ranks[name])
-    for _, name, segment in sorted((slope, name, segment) for name, w in weights.items() for slope, segment
-                                   in hull_segments(chain(w, least[name], places[name]))):
+    for name, w in weights.items():
+        segments += [(slope, name, s) for slope, s in hull_segments(chain(w, least[name], places[name]))]
+    for _, name, segment in sorted(segments):
         yield from ((name, rank) for _, _, rank in segment)
 
 

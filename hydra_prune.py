@@ -147,7 +147,7 @@ def choose_mask(s, ratio):
 
 def spread(mask, like):
     """A mask of single weights as it is, one of filters (S,) in the shape of `like` (S, ...)."""
-    return mask.view(*mask.shape, *[1] * (like.dim() - mask.dim())).expand(like.shape)
+    return mask.view(mask.shape + (1,) * (like.dim() - mask.dim())).expand_as(like)
 
 
 class Scores(nn.Module):
@@ -162,9 +162,11 @@ class Scores(nn.Module):
         norms = {name: norm for writers, _, _ in groups for name, norm in writers.items()}
         self.s = nn.ParameterList(first_score(m.weight.detach(), scheme) for m in self.layers.values())
         for i, (name, layer) in enumerate(self.layers.items()):
-            last = layer if scheme == "irregular" or not norms[name] else model.get_submodule(norms[name])
-            own = [last.weight] if scheme == "irregular" or last.bias is None else [last.weight, last.bias]
-            small = 0.0 if scheme == "irregular" else 1e-6 if last is layer else 0.001
+            own, small = [layer.weight], 0.0
+            if scheme == "filter":
+                last = model.get_submodule(norms[name] or name)
+                own = [last.weight] if last.bias is None else [last.weight, last.bias]
+                small = 1e-6 if last is layer else 0.001
             self.carriers.append([(p, f"w{i}_{j}", small) for j, p in enumerate(own)])   # what m multiplies
             for p, buffer, _ in self.carriers[i]:
                 self.register_buffer(buffer, p.detach().clone())
@@ -268,8 +270,9 @@ def linear_bounds(layers, boxes, a, d, slope):
                 gap = gap + (a.abs().flatten(2) @ offset)[:, :, 0]
             below = line if slope == "line" else (line > 0.5 if slope == "half" else line == 1).to(line)
             a = a.clamp(min=0) * below + a.clamp(max=0) * line
-    a, (lower, upper) = a.flatten(2), (end.flatten(1)[:, :, None] for end in boxes[0])
-    center, r = (a @ ((upper + lower) / 2))[:, :, 0], (a.abs() @ ((upper - lower) / 2))[:, :, 0]
+    lower, upper = (end.flatten(1)[:, :, None] for end in boxes[0])                  # (N, pixels, 1)
+    center = (a.flatten(2) @ ((upper + lower) / 2))[:, :, 0]
+    r = (a.flatten(2).abs() @ ((upper - lower) / 2))[:, :, 0]
     return d + (center - r), d + gap + (center + r)
 
 
@@ -396,9 +399,13 @@ def train_epoch(model, batches, optimizer, schedule, args, scores=None, masks=No
         raise Fault("the training loss is not finite: training has diverged (try a lower rate, or --amp off)")
     strength, fields = strength_at(step), dict(loss=total.item() / n)
     fields[TRAIN_ACC.get(args.objective, "train_acc")] = 100 * right.item() / n
-    fields |= dict(share=1 - (1 - args.final_share) * strength) if args.objective == "crown-ibp" else {}
-    fields |= dict(mix=mix) if args.objective == "mixtrain" else {}
-    return fields | ({} if args.objective in ("natural", "smooth") else dict(epsilon=args.epsilon * strength))
+    if args.objective == "crown-ibp":
+        fields["share"] = 1 - (1 - args.final_share) * strength
+    if args.objective == "mixtrain":
+        fields["mix"] = mix
+    if args.objective not in ("natural", "smooth"):
+        fields["epsilon"] = args.epsilon * strength
+    return fields
 
 
 def optimizer_of(module, lr, epochs, data, args, scores=()):
