@@ -291,7 +291,7 @@ def symbolic_margins(layers, boxes, y, room=None):
         if isinstance(layer, nn.ReLU) and i > 1:                     # [G] is exact for one layer
             shape, units = boxes[i][0].shape[1:], torch.arange(boxes[i][0][0].numel(), device=y.device)
             parts, bound = units.split(some), linear_bounds
-            if len(parts) > (3 if y.is_cuda else 30):        # computed twice: training would keep 30 GB
+            if len(parts) > (3 if y.is_cuda else 30):        # else training would keep all parts
                 bound = functools.partial(checkpoint, bound, use_reentrant=False, preserve_rng_state=False)
             rows = ((a[:, None] == units).to(boxes[i][0]).view(1, -1, *shape) for a in parts)
             ends = zip(*(bound(layers[:i], boxes[:i], a, 0, "line") for a in rows))

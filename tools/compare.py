@@ -254,12 +254,29 @@ def render(args, base):
     return table, text
 
 
+def name_points(axes, points, key):
+    """Writes the short name of each point beside it, at the place where it hides fewest points and names."""
+    from matplotlib.transforms import Bbox
+    centers = [axes.transData.transform((p[key], p["robust"])) for p in points]
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in centers]
+    places = [(side, -4 * side * step) for step in (1, 2, 3, 4, -1, -2) for side in (1, -1)]
+    for p in (p for p in points if key in p["named"]):
+        text = axes.annotate(p["short"], (p[key], p["robust"]), (0, 0), textcoords="offset points",
+                             fontsize=7, color=p["color"], va="center")
+        text.set_in_layout(False)
+
+        def move(place):
+            text.set(position=(6 * place[0], place[1]), ha="left" if place[0] > 0 else "right")
+            return text.get_window_extent()
+        box = move(min(places, key=lambda place: sum(move(place).overlaps(other) for other in taken)))
+        taken.append(box)
+
+
 def draw(table, path):
     """Robust accuracy, with its interval or range, against bytes and against time; a colour is one method.
     Against time, points of no fewer MACs than the dense network's are only dots: they lie at 1."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
-    from matplotlib.transforms import Bbox
     figure, methods, colors = Figure(figsize=(14, 5.5), layout="constrained"), {}, {"dense": "black"}
     for label, runs in table:
         what, far, how = method_of(runs[0]) if "folder" in runs[0] else ("dense", "", "")
@@ -296,23 +313,7 @@ def draw(table, path):
         else:
             axes.set(xlabel=xlabel, xlim=(0, most * 1.15))
         figure.draw_without_rendering()                          # settles the scale of the axes
-        places = [axes.transData.transform((p[key], p["robust"])) for p in points]
-        taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in places]
-        where = [(side, -4 * side * step) for step in (1, 2, 3, 4, -1, -2) for side in (1, -1)]
-        for p in (p for p in points if key in p["named"]):       # a label goes where it hides least
-            def label(side, height):
-                text = axes.annotate(p["short"], (p[key], p["robust"]), (6 * side, height), fontsize=7,
-                                     textcoords="offset points", va="center", color=p["color"],
-                                     ha=("right", "center", "left")[side + 1])
-                text.set_in_layout(False)
-                return text
-
-            def hidden(place):
-                text = label(*place)
-                own = text.get_window_extent()
-                text.remove()
-                return sum(own.overlaps(box) for box in taken)
-            taken.append(label(*min(where, key=hidden)).get_window_extent())
+        name_points(axes, points, key)
     figure.axes[0].set_ylabel("robust accuracy, % (95 % interval or range)")
     figure.axes[0].legend(loc="lower right", fontsize=8)
     drawn = "; ".join(f"{p['label']}: {p['bytes']:.0f} {p['robust']:.1f}" for p in points)
