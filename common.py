@@ -141,7 +141,7 @@ def script_parser(doc, script, phase, networks=(), adapt=lambda recipe: {}):
                        help="bfloat16 in training; off: float32, on a GPU with TF32 convolutions")
     train.add_argument("--compile", action="store_true", help="torch.compile the network in training")
     attack = parser.add_argument_group("attack (l_inf; pixels are in [0, 1])")
-    attack.add_argument("--epsilon", type=radius, help="radius, such as 8/255")
+    attack.add_argument("--epsilon", type=radius, help="radius, such as 8/255; the default step follows it")
     attack.add_argument("--step-size", type=radius)
     attack.add_argument("--num-steps", type=whole(0, 10000), help="PGD steps in training")
     attack.add_argument("--ramp-epochs", type=whole(0, 10000), help="first epochs, in which the radius grows")
@@ -158,10 +158,14 @@ def resolve(parser, args, longest_ramp=lambda args: args.pretrain_epochs, **defa
     longest_ramp(args): the epochs that --ramp-epochs may fill."""
     if args.dataset not in RECIPES and args.epsilon is None:
         parser.error(f"argument --dataset: {args.dataset}, none of {', '.join(RECIPES)}, needs --epsilon")
+    if args.pretrained == "":                                        # an unset variable of a shell
+        parser.error("argument --pretrained: names no file")
     if args.pretrained and args.pretrain_epochs:
         parser.error("argument --pretrain-epochs: not with --pretrained, which skips that phase")
     args.pretrain_epochs = 0 if args.pretrained else args.pretrain_epochs
-    recipe = parser.recipes.get(args.dataset) or parser.recipes["cifar10"] | dict(step_size=args.epsilon / 4)
+    recipe = dict(parser.recipes.get(args.dataset, parser.recipes["cifar10"]))
+    if args.epsilon is not None:                                     # a new radius scales the step too
+        recipe["step_size"] = min(1.0, recipe["step_size"] * (args.epsilon / recipe["epsilon"]))
     ramp_given = args.ramp_epochs or 0
     for name, value in (recipe | defaults).items():
         if getattr(args, name) is None:
@@ -486,7 +490,8 @@ def read_images(splits, workers):
     for path, image in zip(files, images):
         if image.shape != images[0].shape:
             (h, w, _), (h0, w0, _) = image.shape, images[0].shape
-            raise Fault(f"{os.fsdecode(path)} has {w}x{h} pixels, the first image {w0}x{h0}: sizes differ")
+            raise Fault(f"{os.fsdecode(path)} has {w}x{h} pixels, the first image {w0}x{h0}: sizes differ "
+                        "(photos lie in train and val, without a test beside them)")
     channels = 1 if all(grey) and min(images[0].shape[:2]) < PHOTO else 3       # photos are in colour
     images = np.stack(images)[..., :channels].transpose(0, 3, 1, 2)
     return np.split(np.ascontiguousarray(images), [len(splits[0])])
@@ -867,7 +872,7 @@ def interval(accuracy, n, z=1.959964):
     """Wilson's 95 % interval [low, high] of an accuracy over n images, all in per cent."""
     p, spread = accuracy / 100, z * z / n
     middle, half = p + spread / 2, z * math.sqrt(p * (1 - p) / n + spread / (4 * n))
-    return [round(100 * (middle + s * half) / (1 + spread), 2) for s in (-1, 1)]
+    return [round(100 * (middle + s * half) / (1 + spread), 2) + 0.0 for s in (-1, 1)]      # no -0.0
 
 
 def per_cent(correct):

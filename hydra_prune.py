@@ -109,6 +109,8 @@ def get_args(argv=None):
     args = resolve(parser, args, **own, **defaults)
     if args.objective in ("natural", "smooth", *BOUNDED):
         args.step_size = args.num_steps = None                       # nothing reads them
+    if args.objective in ("natural", "smooth"):
+        args.ramp_epochs = 0                                         # nor this
     args.momentum = None if args.objective in BOUNDED else args.momentum
     if not phases_of(args)["finetune"]:
         parser.refuse(args, "without epochs of fine-tuning", "finetune_lr")

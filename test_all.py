@@ -422,6 +422,7 @@ def test_evaluate_counts_every_iterate_of_every_restart(robust, digits):
 
 def test_intervals_are_scipys():
     stats = pytest.importorskip("scipy.stats")
+    assert str(common.interval(0, 36)[0]) == "0.0"               # not -0.0
     for k, n in ((0, 40), (13, 40), (40, 40), (733, 1000)):
         theirs = stats.binomtest(k, n).proportion_ci(method="wilson")
         assert common.interval(100 * k / n, n) == pytest.approx([100 * p for p in theirs], abs=0.006)
@@ -1774,11 +1775,15 @@ def spawn(*command, cwd=HERE, **more):
                             stderr=subprocess.PIPE, **more)
 
 
-def test_evaluate_at_another_radius_takes_steps_in_proportion():
+def test_evaluate_at_another_radius_takes_steps_in_proportion(tmp_path):
+    artifact = torch.load(SHIPPED / "model.pt", weights_only=True)
+    artifact["attack_settings"] |= dict(epsilon=0.0, step_size=0.0)          # trained without attack
+    torch.save(artifact, tmp_path / "natural.pt")
     flags = "--eval-images 10 --eval-steps 1 --restarts 1 --device cpu --epsilon".split()
-    found = [judges.main([str(SHIPPED / "model.pt"), *flags, *more]) for more in (
-        ["0.2"], ["0.1"], ["0.1", "--eval-step-size", "0.03"])]
-    assert [one["attack"]["step_size"] for one in found] == [0.2, 0.1, 0.03]
+    found = [judges.main([str(file), *flags, *more]) for file, *more in (
+        (SHIPPED / "model.pt", "0.2"), (SHIPPED / "model.pt", "0.1"), (tmp_path / "natural.pt", "0.1"),
+        (SHIPPED / "model.pt", "0.1", "--eval-step-size", "0.03"))]
+    assert [one["attack"]["step_size"] for one in found] == [0.2, 0.1, 0.1, 0.03]
     assert {one["kind"] for one in found} == {"compact"}
 
 
@@ -1895,6 +1900,7 @@ REFUSED = {                                                      # {script: {sai
         "5 is not": "--train-images 5", "3 is more": "--ramp-epochs 3 --pretrained x.pt",
         "is none of": "--device cuda:77, --device gpu", "no file nowhere.pt": "--pretrained nowhere.pt",
         "not with --pretrained": "--pretrain-epochs 3 --pretrained x.pt",
+        "names no file": "--pretrained ''",
         "mydata.*--epsilon": "--dataset mydata", "no folder": "--dataset mydata --epsilon 8/255",
         "does nothing": "--rho 1 --admm-epochs 0, --admm-lr 1 --admm-epochs 0, "
                         "--finetune-lr 1 --finetune-epochs 0"},
@@ -1930,18 +1936,24 @@ def test_defaults_are_the_papers_and_the_evaluation_is_stronger_than_the_trainin
                          ("mnist", [0.3, 0.01, 40, 0.3, 50, 4]), ("digits", [0.2, 0.05, 10, 0.2, 50, 4])):
         args = [script.get_args(["--dataset", name, "--device=cpu"]) for script in SCRIPTS[:3]]
         assert [[getattr(a, key) for key in keys] for a in args] == [wanted] * 3
+    for epsilon, more, step in ((0.1, "", 0.025), (1, "", 0.25), (0.1, "--step-size=0.2", 0.2)):
+        flags = f"--dataset digits --device cpu --epsilon {epsilon} {more}".split()
+        assert cstar.get_args(flags).step_size == pytest.approx(step)        # in proportion, if not given
     relax = binary_relax.get_args(["--device=cpu"])
     assert (relax.adv_weight, relax.nat_weight, relax.noise, relax.depth, relax.members) == (8, 1, 0.1, 20, 1)
     assert (relax.relax_epochs, relax.finetune_epochs, relax.width) == (24, 16, 16)
     assert hydra_prune.get_args(["--device=cpu", "--objective=trades"]).beta == 6
     assert binary_relax.get_args(["--device=cpu", "--adv-weight=0"]).num_steps is None   # nothing reads it
+    ramps = [hydra_prune.get_args(["--device=cpu", "--dataset=mnist", f"--objective={objective}"]).ramp_epochs
+             for objective in ("natural", "smooth", "pgd", "crown-ibp")]
+    assert ramps == [0, 0, 10, 15]                                           # the first two have no radius
 
 
 @pytest.mark.parametrize("script, words, flags", [(script, words, flags) for script, said in REFUSED.items()
                                                   for words in said for flags in said[words].split(", ")])
 def test_wrong_flags_are_one_line_exit_2_and_write_nothing(tmp_path, monkeypatch, script, words, flags):
     monkeypatch.chdir(tmp_path)
-    argv = ["--dataset", "digits", *flags.split()]
+    argv = ["--dataset", "digits", *shlex.split(flags)]
     ends(script.main, argv, monkeypatch, 2, f"(?=.*{flags.split()[0]}).*{words}")
     assert list(tmp_path.iterdir()) == []
 

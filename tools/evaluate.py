@@ -152,8 +152,9 @@ def main(argv=None):
     args = get_args(argv)
     artifact, model = read_model(args.model)
     stored = artifact["attack_settings"]
-    if args.epsilon is not None and args.step_size is None and stored["epsilon"]:
-        args.step_size = min(1.0, stored["step_size"] * (args.epsilon / stored["epsilon"]))
+    if args.epsilon is not None and args.step_size is None:
+        share = stored["step_size"] / stored["epsilon"] if stored["epsilon"] else 1.0
+        args.step_size = min(1.0, share * args.epsilon)
     for key, value in stored.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
