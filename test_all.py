@@ -129,6 +129,15 @@ def whole(tmp_path_factory):
     return run
 
 
+@pytest.fixture(scope="session", autouse=True)
+def counted():
+    """Runs do not measure latency, which takes a second: here it is a number of parameters."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "latency", lambda models, network, batch, device: [
+            batch * sum(p.numel() for p in model.parameters()) for model in models])
+        yield
+
+
 # ---------------------------------------------------------------- data
 def test_data_subsets_are_balanced_prefixes_and_an_epoch_is_a_shuffle_without_repetition(digits):
     images, labels = digits.train[0], digits.train[1].numpy()
@@ -1695,10 +1704,7 @@ def test_resume_of_a_finished_run_prints_its_result_or_evaluates_otherwise(finis
         tiny(run, "--resume")
     last = torch.load(run / "last.pt", weights_only=True)        # the log's last lines had been lost
     torch.save(last | dict(log_size=10**30), run / "last.pt")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "latency", lambda models, network, batch, device: [
-            batch * sum(p.numel() for p in model.parameters()) for model in models])
-        result = tiny(run, "--restarts", "3", "--resume")
+    result = tiny(run, "--restarts", "3", "--resume")
     assert result["latency_ms"] == {f"batch_{n}": dict(
         dense=n * result["dense_parameters"], compact=n * result["parameters"]) for n in (1, 128)}
     assert result["attack"]["restarts"] == result["args"]["restarts"] == log_of(run)[-2]["restarts"] == 3
@@ -1808,6 +1814,7 @@ common.NETWORKS["mine"] = lambda width, channels, classes, size: nn.Sequential(
     shared = ("script", "clean_acc", "robust_acc", "attack")
     assert again["script"] == "mine" and all(again[k] == result[k] for k in shared)
     assert result["dense_parameters"] == 80 + 584 + 90 > result["parameters"]
+    assert all(ms > 0 for pair in result["latency_ms"].values() for ms in pair.values())
 
 
 @pytest.mark.parametrize("sent, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
