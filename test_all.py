@@ -1593,6 +1593,7 @@ def test_relax_run_writes_a_smaller_file_of_few_values(whole, bits, more):
         levels = w.unique()
         steps = levels / w.abs().max() * (2**(bits - 1) - 1 if bits > 1 else 1)
         assert len(levels) <= most and (bits == 32 or torch.allclose(steps, steps.round(), atol=1e-3))
+    assert max(len(w.unique()) for w in weights) > 2**(min(bits, 8) - 1)
     zeros = 100 * (torch.cat([w.flatten() for w in weights]) == 0).double().mean().item()
     assert (result["sparsity"] > 5) == (bits in (2, 4))
     assert result["channel_sparsity"] > 0 or result["sparsity"] == pytest.approx(zeros, abs=0.01)
@@ -1733,34 +1734,29 @@ def test_compiled_networks_learn_what_plain_ones_do(tmp_path, monkeypatch, scrip
 
 
 AMP = f"--amp {'off' if common.bfloat16_is_fast('cpu') else 'on'}, "
-FLAGS = {                                                        # base + flag
+FLAGS = {                                                        # base + flag; others have tests of their own
     cstar: AMP + "--admm-epochs 0, --rank-rule uniform, --budget macs, --rho 0.1, --hooi 2, --admm-lr 0.001, "
-           "--finetune-lr 0.001, --weight-decay 0.1, --momentum 0.5, --finetune-epochs 0",
-    admm_prune: AMP + "--admm-epochs 0, --rho 5, --rho-growth 2, --rho-growth 9 + --rho-max 2, --mode post, "
-                "--admm-interval 2, --group-residual, --admm-lr 0.001, --finetune-lr 0.001, --ramp-epochs 2, "
-                "--scheme column, --ratio 3, --momentum 0.5, --weight-decay 0.1",
-    hydra_prune: AMP + "--scores lwm, --objective trades, --objective trades + --beta 1, --objective smooth, "
-                 "--objective smooth + --sigma 0.5, --scheme filter, --prune-lr 1, --finetune-lr 0.001, "
-                 "--ramp-epochs 2, --prune-epochs 1, --objective natural, --ratio 3, --arch cnn_small + "
-                 "--objective crown-ibp, --objective crown-ibp --arch cnn_small + --final-share 1, --arch "
-                 "cnn_small + --objective mixtrain, --objective mixtrain --arch cnn_small + --mix-images 2",
-    binary_relax: AMP + "--method bc, --bits 1, --bits 4, --bits 32, --adv-weight 1, --nat-weight 0, "
-                  "--noise 0.1, --members 2, --depth 14, --relax-epochs 1, --relax-lr 0.001, "
-                  "--ramp-epochs 5, --momentum 0.5, --weight-decay 0.1"}
+           "--finetune-lr 0.001, --weight-decay 0.1, --momentum 0.5",
+    admm_prune: AMP + "--rho 5, --rho-growth 2, --rho-growth 9 + --rho-max 4, --group-residual, --ratio 3, "
+                "--admm-lr 0.001, --finetune-lr 0.001, --momentum 0.5, --weight-decay 0.1",
+    hydra_prune: AMP + "--objective trades, --prune-lr 1, --finetune-lr 0.001",
+    binary_relax: AMP + "--members 2, --depth 14, --relax-lr 0.001, --ramp-epochs 5, --momentum 0.5, "
+                  "--weight-decay 0.1"}
 
 
 @pytest.mark.parametrize("script, flags", [(s, flags) for s in SCRIPTS for flags in FLAGS[s].split(", ")])
 def test_flags_do_something(whole, tmp_path, monkeypatch, script, flags):
-    base, _, more = flags.rpartition("+")
-    before, run = whole(script, *base.split())[0], tmp_path / "run"
+    base, more = (part.split() for part in flags.rpartition("+")[::2])
+    base, run = ["--train-images", "64", *base], tmp_path / "run"
     unevaluated(monkeypatch)
-    found = tiny(run, *base.split(), *more.split(), script=script)
+    before = whole(script, *base)[0]
+    found = tiny(run, *base, *more, script=script)
     assert not same_weights(before / "model.pt", run / "model.pt")
     if script is cstar:
-        rhos = {"--admm-epochs": None, "--rho": 0.1, "--admm-lr": 75, "--momentum": 3.75}
-        rho = rhos.get(more.split()[0], 0.75)                    # 3 (1 - momentum) / (rate * 4 steps)
+        rhos = {"--admm-epochs": None, "--rho": 0.1, "--admm-lr": 150, "--momentum": 7.5}
+        rho = rhos.get(more[0], 1.5)                             # 3 (1 - momentum) / (rate * 2 steps)
         assert found["rho"] == (rho and pytest.approx(rho))
-    if script is binary_relax and "--ramp" in more:              # over all three phases
+    if "--ramp-epochs" in more:                                  # over all three phases
         strengths = [line["strength"] for line in log_of(run) if "strength" in line]
         assert strengths == [0.2, 0.4, 0.6, 0.8, 1, 1]
 
@@ -1902,7 +1898,7 @@ REFUSED = {                                                      # {script: {sai
     cstar: {
         "is not a": "--epsilon nan, --lr inf, --lr 0, --epsilon 8/0, --ratio 0.5, --width 1.5, --seed -1",
         "8 is not.*0 to 1.*8/255": "--epsilon 8", "1 is not.*from 2": "--batch-size 1",
-        "invalid choice": "--arch resnet, --rank-rule best", "unrecognized": "--epoch 3",
+        "invalid choice": "--arch resnet, --rank-rule best", "unrecognized": "--eps 0.1",
         "500 is not from": "--ratio 500", "too deep.*8x8": "--arch vgg16", "361.*360": "--eval-images 361",
         "5 is not": "--train-images 5", "3 is more": "--ramp-epochs 3 --pretrained x.pt",
         "is none of": "--device cuda:77, --device gpu", "no file nowhere.pt": "--pretrained nowhere.pt",
