@@ -2311,18 +2311,20 @@ def test_readme_is_short_its_commands_parse_and_its_snippet_classifies_an_image(
     assert capsys.readouterr().out.strip() == str(digits.test[1][0].item())
 
 
-@pytest.mark.parametrize("folder", sorted((HERE / "results").glob("*/")), ids=lambda folder: folder.name)
-def test_results_hold_the_log_that_ends_in_their_result(folder, digits):
-    result = json.loads((folder / "result.json").read_text())
-    last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
-    assert last["phase"] == "final"
-    assert all(last[k] == result[k] for k in ("clean_acc", "robust_acc", "bytes", "images"))
-    if (folder / "model.pt").is_file():                          # a shipped one
-        model, images = common.load_model(folder / "model.pt"), [t[:100] for t in digits.test]
-        assert (folder / "model.pt").stat().st_size == result["bytes"]
-        assert sum(p.numel() for p in model.parameters()) == result["parameters"]
-        if result["args"]["dataset"] == "digits":
-            assert common.evaluate(model, images, **SETTINGS)["robust_acc"] > 50
+def test_results_hold_the_log_that_ends_in_their_result_and_shipped_files_are_what_it_says(digits):
+    for folder in sorted((HERE / "results").glob("*/")):
+        result = json.loads((folder / "result.json").read_text())
+        last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+        same = ("clean_acc", "robust_acc", "bytes", "images")
+        assert last["phase"] == "final" and [last[k] for k in same] == [result[k] for k in same], folder
+        if (folder / "model.pt").is_file():                      # a shipped one
+            model = common.load_model(folder / "model.pt")
+            assert (folder / "model.pt").stat().st_size == result["bytes"]
+            assert sum(p.numel() for p in model.parameters()) == result["parameters"]
+            if result["args"]["dataset"] == "digits":            # noise and other machines: 1 % of 360
+                found = common.evaluate(model, digits.test, **SETTINGS | dict(num_steps=5), restarts=1, eot=1)
+                assert found["clean_acc"] == pytest.approx(result["clean_acc"], abs=1)
+                assert found["robust_acc"] > 50
 
 
 # ---------------------------------------------------------------- several processes
