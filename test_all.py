@@ -1510,10 +1510,9 @@ def test_packed_codes_round_trip(bits, shape):
             binary_relax.unpack(wrong, shapes, bits)
 
 
-@pytest.mark.parametrize("bits", (*BITS, 32))
-@pytest.mark.parametrize("arch, channels, size", [
-    ("enresnet", 3, 12), ("resnet18", 3, 16), ("vgg16", 3, 32), ("wrn28_4", 2, 8), ("lenet", 1, 12),
-    ("cnn_small", 1, 8)])
+@pytest.mark.parametrize("arch, channels, size, bits", [
+    *itertools.product(["enresnet"], [3], [12], (*BITS, 32)), ("resnet18", 3, 16, 2), ("vgg16", 3, 32, 2),
+    ("wrn28_4", 2, 8, 2), ("lenet", 1, 12, 2), ("cnn_small", 1, 8, 2)])
 def test_network_without_dead_channels_equals_the_quantised_one(arch, channels, size, bits):
     model, network, _ = ensemble(noise=0.1)
     if arch != "enresnet":
