@@ -841,7 +841,8 @@ def test_admm_zeros_survive_every_optimizer_also_a_used_one(optimizer, scheme):
 
 @pytest.mark.parametrize("script, scheme, objective", [
     *((admm_prune, scheme, "") for scheme in SCHEMES),
-    *itertools.product([hydra_prune], ("irregular", "filter"), hydra_prune.OBJECTIVES)])
+    *((hydra_prune, "irregular", objective) for objective in hydra_prune.OBJECTIVES),
+    *((hydra_prune, "filter", objective) for objective in ("pgd", *hydra_prune.BOUNDED))])
 def test_pruning_keeps_its_count_in_every_layer_and_writes_a_smaller_file(
         tmp_path, capsys, monkeypatch, script, scheme, objective):
     more = f"--objective {objective} --arch cnn_small --width 8".split() if objective else ()
