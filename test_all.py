@@ -2489,9 +2489,9 @@ def damaged_png(_):
     return file.getvalue()[:2000] + bytes(2000) + file.getvalue()[4000:]
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("spoil", [
-    lambda data: data[:len(data) // 2], lambda data: b"", lambda data: b"BM" + data, damaged_png])
+@pytest.mark.parametrize("split, spoil", [
+    ("val", lambda data: b""), ("train", lambda data: data[:len(data) // 2]), ("train", lambda data: b""),
+    ("train", lambda data: b"BM" + data), ("train", damaged_png)])
 def test_photo_that_is_none_is_one_sentence_with_its_path(zoo, tmp_path, monkeypatch, split, spoil):
     shutil.copytree(f"{zoo[3]}/zoo", tmp_path / "zoo")
     path = tmp_path / "zoo" / split / "bee/1.jpg"
