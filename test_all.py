@@ -1812,8 +1812,7 @@ common.NETWORKS["mine"] = lambda width, channels, classes, size: nn.Sequential(
     assert all(ms > 0 for pair in result["latency_ms"].values() for ms in pair.values())
 
 
-@pytest.mark.parametrize("sent, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signal_stops_at_once_and_says_how_to_continue(tmp_path, sent, status):
+def test_signal_stops_at_once_and_says_how_to_continue(tmp_path):
     folder = tmp_path / "\udcff"                                 # a name that no terminal can print
     try:
         folder.mkdir()
@@ -1823,9 +1822,9 @@ def test_signal_stops_at_once_and_says_how_to_continue(tmp_path, sent, status):
         (folder / name).touch()
     process = spawn("cstar.py", *TINY, "--pretrain-epochs", "500", "--output", folder)
     next(line for line in process.stdout if "epoch:1 " in line)
-    process.send_signal(sent)
+    process.terminate()
     _, errors = process.communicate(timeout=20)
-    assert process.returncode == status and errors.count("\n") == 1 and "--resume" in errors
+    assert process.returncode == 143 and errors.count("\n") == 1 and "--resume" in errors
     assert common.read_file(folder / "last.pt")["phase"] == "pretrain"
     assert [path.name for path in folder.glob("*.tmp")] == ["own.tmp"]
 
