@@ -2146,23 +2146,13 @@ def test_compare_names_rows_as_a_person_does(finished, tmp_path, capsys, monkeyp
     result, args = finished[1], finished[1]["args"]
     base = {k: args[k] for k in ("dataset", "width", "seed")} | dict(ratio=10.0, finetune_epochs=2)
     admm, hydra = base | dict(scheme="filter", admm_epochs=3), base | dict(scheme="irregular", prune_epochs=2)
-    relax = base | dict(relax_epochs=4, method="br")
-    rows = {
-        "low rank, 4x, ADMM": args, "low rank, 4x, one-shot": args | dict(admm_epochs=0),
-        "low rank, 4x, bare cut": args | dict(admm_epochs=0, finetune_epochs=0),
-        "low rank, uniform ranks, 4x, ADMM": args | dict(rank_rule="uniform"),
-        "low rank, 4x fewer MACs, ADMM": args | dict(budget="macs"),
-        "low rank, 4x, ADMM, not fine-tuned": args | dict(finetune_epochs=0, lr=0.1, admm_lr=0.7),
-        "filters, 10x, ADMM": admm | dict(mode="admm"),
+    rows = {                                                     # what results/README.md has no row of
+        "low rank, 4x, ADMM": args,
         "filters, grouped, 10x, one-shot": admm | dict(mode="post", group_residual=True),
         "filters, width 1 to 1, lottery ticket": admm | dict(mode="ticket", target_width=1,
                                                              finetune_epochs=0),
-        "width 1, from scratch": admm | dict(mode="scratch", target_width=1),
-        "single weights, 10x, HYDRA scores": hydra | dict(scores="hydra", objective="pgd"),
         "single weights, 10x, lowest magnitudes, TRADES": hydra | dict(scores="lwm", objective="trades"),
-        "single weights, 10x, snip, MixTrain": hydra | dict(scores="snip", objective="mixtrain"),
-        "1 bit, BinaryConnect": relax | dict(bits=1, method="bc"), "4 bits": relax | dict(bits=4),
-        "float, 6 more epochs": relax | dict(bits=32)}
+        "single weights, 10x, snip, MixTrain": hydra | dict(scores="snip", objective="mixtrain")}
     for i, changed in enumerate(rows.values()):
         write_run(f"run{i}", result | dict(args=changed))
     assert labels("run*") == {*rows, "dense"} and not capsys.readouterr().err
