@@ -1491,19 +1491,6 @@ def test_enresnet_noise_is_relative_seeded_and_of_each_image_alone():
     assert all(block.noise == 0.1 for member in model.members for block in member.blocks)
 
 
-@pytest.mark.parametrize("bits, shape", [*itertools.product(BITS, [(1,), (7,), (4, 3, 3, 3)])])
-def test_packed_codes_round_trip(bits, shape):
-    levels = torch.tensor([-1.0, 1.0]) if bits == 1 else torch.arange(1.0 - 2 ** (bits - 1), 2 ** (bits - 1))
-    codes = {name: levels[torch.randint(len(levels), shape)] for name in "ab"}
-    packed, shapes = binary_relax.pack(codes.values(), bits), dict.fromkeys("ab", shape)
-    assert packed.dtype == torch.uint8 and len(packed) == 2 * math.ceil(math.prod(shape) * bits / 8)
-    found = binary_relax.unpack(packed, shapes, bits)
-    assert all(torch.equal(found[name], codes[name]) for name in "ab")
-    for wrong in (packed[:-1], torch.cat([packed, packed])):
-        with pytest.raises(ValueError):
-            binary_relax.unpack(wrong, shapes, bits)
-
-
 @pytest.mark.parametrize("arch, channels, size, bits", [
     *itertools.product(["enresnet"], [3], [12], (*BITS, 32)), ("resnet18", 3, 16, 2), ("vgg16", 3, 32, 2),
     ("wrn28_4", 2, 8, 2), ("lenet", 1, 12, 2), ("cnn_small", 1, 8, 2)])
@@ -1517,6 +1504,8 @@ def test_network_without_dead_channels_equals_the_quantised_one(arch, channels, 
         if "conv2" in name or arch not in ("enresnet", "resnet18", "wrn28_4"):
             w.data[:, ::3] *= 1e-6
     state, codes, found = binary_relax.encode(model, bits)
+    sizes = [math.ceil(math.prod(shape) * bits / 8) for shape in codes["shapes_of_codes"].values()]
+    assert codes["codes"].dtype == torch.uint8 and len(codes["codes"]) == sum(sizes)     # last byte padded
     small = binary_relax.build(dict(network=network, state=copy.deepcopy(state), **codes)).double().eval()
     for name, w in targets.items() if bits < 32 else ():
         w.data = quantised(w.data, bits)
@@ -1970,6 +1959,7 @@ def test_damaged_files_are_refused(finished, tmp_path, monkeypatch, damage, name
 def test_files_of_other_content_are_refused(whole, finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)                                  # where "hacked" would be
     path, pruned = tmp_path / "changed.pt", common.read_model(whole(admm_prune)[0] / "model.pt")[0]
+    relaxed = common.read_model(whole(binary_relax)[0] / "model.pt")[0]
     good = common.read_model(finished[0] / "model.pt")[0]
     values, shapes = good["values"], good["shapes"]
     for words, *changes in [
@@ -1980,6 +1970,8 @@ def test_files_of_other_content_are_refused(whole, finished, tmp_path, monkeypat
              dict(shapes=shapes | {"bn1.weight": "x"}), dict(shapes=shapes | {"bn1.weight": [0, 4]}),
              dict(network=good["network"] | {"width": 2}), dict(bits=torch.zeros(3, dtype=torch.uint8)),
              dict(ranks=good["ranks"] | {"layer4.1.conv2": (7, 5)})),
+            ("codes are missing", relaxed | dict(codes=relaxed["codes"][:-1])),
+            ("codes too many", relaxed | dict(codes=relaxed["codes"].repeat(2))),
             ("wrong number of classes", pruned | dict(network=pruned["network"] | {"classes": 9}))]:
         for change in changes:
             torch.save(good | change, path)
