@@ -1759,16 +1759,18 @@ def spawn(*command, cwd=HERE, **more):
                             stderr=subprocess.PIPE, **more)
 
 
-def test_evaluate_at_another_radius_takes_steps_in_proportion(tmp_path):
-    artifact = torch.load(SHIPPED / "model.pt", weights_only=True)
-    artifact["attack_settings"] |= dict(epsilon=0.0, step_size=0.0)          # trained without attack
-    torch.save(artifact, tmp_path / "natural.pt")
+def test_evaluate_at_another_radius_takes_steps_in_proportion_and_calls_other_judges(tmp_path):
+    file, natural = SHIPPED / "model.pt", tmp_path / "natural.pt"
+    artifact = torch.load(file, weights_only=True)
+    artifact["attack_settings"] |= dict(epsilon=0.0, step_size=0.0)  # as one trained without attack
+    torch.save(artifact, natural)
     flags = "--eval-images 10 --eval-steps 1 --restarts 1 --device cpu --epsilon".split()
-    found = [judges.main([str(file), *flags, *more]) for file, *more in (
-        (SHIPPED / "model.pt", "0.2"), (SHIPPED / "model.pt", "0.1"), (tmp_path / "natural.pt", "0.1"),
-        (SHIPPED / "model.pt", "0.1", "--eval-step-size", "0.03"))]
+    others = f"--losses margin --source {file} --smoothing 0.1 --smoothing-images 10 --smoothing-draws 100"
+    found = [judges.main([str(path), *flags, *more.split()]) for path, more in (
+        (file, "0.2"), (file, "0.1"), (natural, "0.1"), (file, f"0.1 --eval-step-size 0.03 {others}"))]
     assert [one["attack"]["step_size"] for one in found] == [0.2, 0.1, 0.1, 0.03]
-    assert {one["kind"] for one in found} == {"compact"}
+    assert {one["kind"] for one in found} == {"compact"} and found[3]["attack"]["losses"] == ["margin"]
+    assert found[3]["transfer_acc"] <= found[3]["clean_acc"] and found[3]["smoothed"]["draws"] == 100
 
 
 def test_a_forked_script_in_another_folder_makes_files_of_its_own(tmp_path):
