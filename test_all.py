@@ -2255,6 +2255,9 @@ def test_every_label_of_a_docstring_stands_in_the_code_and_each_script_ships_a_n
     docstring = ast.get_docstring(ast.parse(text), clean=False)
     labels, code = set(re.findall(r"\[[A-Z]\]", docstring)), text.replace(docstring, "", 1)
     assert len(labels) >= 4 and labels == set(re.findall(r"\[[A-Z]\]", code))
+    with contextlib.redirect_stdout(io.StringIO()) as shown, pytest.raises(SystemExit):
+        script.get_args(["--help"])
+    assert docstring.splitlines()[0] in shown.getvalue() and "--dataset" in shown.getvalue()
     shipped = [path.with_name("result.json") for path in (HERE / "results").glob("*/model.pt")]
     assert script.__name__ in [json.loads(path.read_text())["script"] for path in shipped]
 
