@@ -1116,8 +1116,8 @@ def margins(model, x, y):
     return logits.gather(1, y[:, None]) - logits
 
 
-@pytest.mark.parametrize("kind", ["linear", "odd", "cnn_small", "cnn_large"])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("kind, seed", [
+    *itertools.product(("linear", "odd", "cnn_small"), range(3)), ("cnn_large", 0)])
 def test_hydra_bounds_contain_samples_corners_and_attacks(kind, seed):
     """They do not depend on the other images of the batch, nor on whether ReLU works in place."""
     model, x, y = chain(seed, kind)
@@ -1163,7 +1163,7 @@ def test_hydra_bounds_of_one_neuron_are_exact(low, high, c):
     assert {k: bounds[k][0, 1].item() for k in wanted} == pytest.approx(wanted, abs=1e-6)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(5))
 def test_hydra_bounds_never_exceed_the_exact_margin_of_a_mixed_integer_program(seed):
     """Each ReLU h = relu(z), z in [l, u], has a switch s: z <= h <= z - l (1 - s) and 0 <= h <= u s."""
     optimize, (model, x, y) = pytest.importorskip("scipy.optimize"), chain(seed)
