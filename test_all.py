@@ -52,11 +52,19 @@ Terminal = type("Terminal", (io.StringIO,), dict(isatty=lambda self: True))
 torch.set_num_threads(1)
 
 
-def tiny(folder, *more, script=cstar):
+def unevaluated(monkeypatch):
+    """From here on runs end with their model.pt and give what is only the script's: evaluation takes long."""
+    monkeypatch.setattr(common.Run, "finish", lambda run, *judge, **more: more)
+
+
+def tiny(folder, *more, script=cstar, evaluate=True):
     flags = " ".join(TINY).replace("admm", PHASE[script])
     if script is binary_relax:
         flags = flags.replace("resnet18", "enresnet --depth 8 --noise 0").replace("--ratio 4", "--bits 2")
-    return script.main([*flags.split(), "--output", str(folder), *more])
+    with pytest.MonkeyPatch.context() as patch:
+        if not evaluate:
+            unevaluated(patch)
+        return script.main([*flags.split(), "--output", str(folder), *more])
 
 
 def log_of(folder):
@@ -70,11 +78,6 @@ def digits_args(script, flags=""):
 def sgd(parameters, lr, **more):
     optimizer = torch.optim.SGD(parameters, lr, **more)
     return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1)
-
-
-def unevaluated(monkeypatch):
-    """From here on runs end with their model.pt and give what is only the script's: evaluation takes long."""
-    monkeypatch.setattr(common.Run, "finish", lambda run, *judge, **more: more)
 
 
 def stopped(saves, run):
@@ -123,9 +126,9 @@ finished = pytest.fixture(lambda whole: whole(cstar), scope="session")
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
     @functools.cache
-    def run(script, *more):
+    def run(script, *more, evaluate=True):
         folder = tmp_path_factory.mktemp("run") / "whole"
-        return folder, tiny(folder, *more, script=script)
+        return folder, tiny(folder, *more, script=script, evaluate=evaluate)
     return run
 
 
@@ -689,10 +692,10 @@ def test_cstar_batch_norm_is_the_average_over_batches_of_attacked_images(tmp_pat
     cstar.reestimate_batchnorm_(model, batches, 3)
     average = torch.stack([x.mean((0, 2, 3)) for x, _ in batches[:3]]).mean(0)
     assert torch.allclose(model[0].running_mean, average, atol=1e-6) and model[0].momentum == 0.1
-    unevaluated(monkeypatch)
     for pgd, black in ((common.pgd, False), (lambda model, x, *_: 0 * x, True)):
         monkeypatch.setattr(cstar, "pgd", pgd)
-        tiny(tmp_path / str(black), "--admm-epochs", "0", "--finetune-epochs", "0", "--pretrain-epochs", "1")
+        flags = "--admm-epochs 0 --finetune-epochs 0 --pretrain-epochs 1".split()
+        tiny(tmp_path / str(black), *flags, evaluate=False)
         mean = common.load_model(tmp_path / str(black) / "model.pt").bn1.running_mean
         assert (mean.abs().max() == 0) == black
 
@@ -917,16 +920,15 @@ def test_radius_and_step_ramp_up_together(whole, tmp_path, monkeypatch, script, 
     monkeypatch.setattr(script, "pgd", lambda model, x, y, *attack: attacks.append(attack) or x)
     monkeypatch.setattr(script, "make_optimizer", lambda *args, **more: (
         rises.append(more.get("rise")) or common.make_optimizer(*args, **more)))
-    unevaluated(monkeypatch)
-    tiny(tmp_path / "run", *f"--ramp-epochs 2 {pretrained} {ticket}".split(), script=script)
+    tiny(tmp_path / "run", *f"--ramp-epochs 2 {pretrained} {ticket}".split(), script=script, evaluate=False)
     assert rises == {cstar: [None, 0.0, None], binary_relax: [None] * 2}.get(script, [None] * 3)
     assert attacks[:4] == [(0.1, 0.025, 2)] * 4                  # an epoch at half strength
     assert len(attacks) > 8 and set(attacks[4:]) == {(0.2, 0.05, 2)}
 
 
-def test_admm_updates_come_at_their_interval(tmp_path, monkeypatch):
-    unevaluated(monkeypatch)
-    tiny(tmp_path / "run", *"--admm-epochs 5 --admm-interval 2".split(), script=admm_prune)
+def test_admm_updates_come_at_their_interval(tmp_path):
+    flags = [*UNTRAINED, *"--admm-epochs 5 --admm-interval 2".split()]
+    tiny(tmp_path / "run", *flags, script=admm_prune, evaluate=False)
     lines = log_of(tmp_path / "run")
     assert ["residual" in line for line in lines if line.get("phase") == "admm"] == [0, 1, 0, 1, 0]
     assert [line["rho"] for line in lines if "residual" in line] == pytest.approx([0.75] * 2)    # 8 steps
@@ -1009,9 +1011,8 @@ def test_hydra_radius_grows_by_steps_and_the_pruning_phase_moves_scores_and_batc
     radii, times, run = [], [], tmp_path / "run"
     monkeypatch.setattr(hydra_prune, "pgd", lambda model, x, y, *attack: radii.append(attack[:2]) or x)
     monkeypatch.setattr(common, "progress", lambda items, *said: times.append(said) or items)
-    unevaluated(monkeypatch)
-    flags = "--ramp-epochs 2 --pretrain-epochs 3 --finetune-epochs 0"
-    assert tiny(run, *flags.split(), script=hydra_prune)["mask_changed"] > 0
+    flags = "--ramp-epochs 2 --pretrain-epochs 3 --finetune-epochs 0".split()
+    assert tiny(run, *flags, script=hydra_prune, evaluate=False)["mask_changed"] > 0
     strengths = [min(1, (step + 1) / 8) for step in range(20)]
     assert np.allclose(radii, [(0.2 * strength, 0.05 * strength) for strength in strengths])
     epochs = [f"pretrain {i}/3" for i in (1, 2, 3)] + ["prune 1/2", "prune 2/2"]
@@ -1028,13 +1029,11 @@ def test_hydra_radius_grows_by_steps_and_the_pruning_phase_moves_scores_and_batc
     (hydra_prune, "--scores lwm", "--prune-epochs 0 --finetune-epochs 4", [2, 4]),
     (binary_relax, "--method bc", "--relax-epochs 0 --finetune-epochs 4", [2, 4])])
 def test_hydra_without_pruning_epochs_is_lwm_and_bc_is_br_that_switches_at_once(
-        whole, tmp_path, monkeypatch, script, one, other, phases):
-    folder, _ = whole(script)
-    unevaluated(monkeypatch)
+        whole, tmp_path, script, one, other, phases):
     for name, flags in (("one", one), ("other", other)):
-        more = tiny(tmp_path / name, *flags.split(), script=script)
+        more = tiny(tmp_path / name, *flags.split(), script=script, evaluate=False)
     assert same_weights(tmp_path / "one/model.pt", tmp_path / "other/model.pt")
-    assert not same_weights(folder / "model.pt", tmp_path / "other/model.pt")
+    assert not same_weights(whole(script)[0] / "model.pt", tmp_path / "other/model.pt")
     assert phases_of(tmp_path / "other")[0::2] == phases and not more.get("mask_changed")
 
 
@@ -1307,8 +1306,7 @@ def test_hydra_weight_of_mixtrain_grows_at_the_full_radius_and_scores_have_no_de
         return train_epoch(model, batches, optimizer, *rest, **more)
     epochs, groups, weights, train_epoch = [], [], [], hydra_prune.train_epoch
     monkeypatch.setattr(hydra_prune, "train_epoch", spy)
-    unevaluated(monkeypatch)
-    tiny(tmp_path / "run", "--objective", "natural", "--ramp-epochs", "1", script=hydra_prune)
+    tiny(tmp_path / "run", *"--objective natural --ramp-epochs 1".split(), script=hydra_prune, evaluate=False)
     assert epochs == [-1, 0, 0, 1, 0, 1]
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in resnet().modules())
     scores = len(hydra_prune.Scores(resnet(), "irregular", 2).s)
@@ -1597,10 +1595,9 @@ def test_relax_run_writes_a_smaller_file_of_few_values(whole, bits, more):
 
 
 @pytest.mark.parametrize("more", ["--relax-epochs 0", "--relax-epochs 1", "--relax-epochs 1 --method bc"])
-def test_relax_without_fine_tuning_has_statistics_of_the_quantised_network(tmp_path, monkeypatch, more):
-    unevaluated(monkeypatch)
+def test_relax_without_fine_tuning_has_statistics_of_the_quantised_network(tmp_path, more):
     flags = f"--pretrain-epochs 1 --finetune-epochs 0 {more}".split()
-    tiny(tmp_path / "run", *flags, script=binary_relax)
+    tiny(tmp_path / "run", *flags, script=binary_relax, evaluate=False)
     model = common.load_model(tmp_path / "run/model.pt")
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     spreads, data = [m.running_var.mean() for m in norms], common.load_data(cstar.get_args([*TINY]))
@@ -1657,16 +1654,14 @@ def test_cstar_run_writes_a_smaller_file_that_is_what_it_reports(finished):
 @pytest.mark.parametrize("script, more, saves", [
     (cstar, "", 9), (admm_prune, "--rho-growth 2", 9), (hydra_prune, "", 9), (binary_relax, "--noise 0.1", 9),
     (cstar, "photos", 7), (hydra_prune, "--objective mixtrain --arch cnn_small --mix-images 2", 9)])
-def test_resume_equals_the_whole_run_bit_for_bit(whole, zoo, tmp_path, monkeypatch, script, more, saves):
+def test_resume_equals_the_whole_run_bit_for_bit(whole, zoo, tmp_path, script, more, saves):
     """Stopped right after every checkpoint: before, within and at the end of each of the three phases."""
     more = zoo if more == "photos" else more.split()
     folder, run = whole(script, *more)[0], tmp_path / "run"
     for i in range(saves):
         stopped(1, lambda: tiny(run, *more, *["--resume"] * (i > 0), script=script))
         torch.manual_seed(12345)                                 # whatever came between
-    if script is not cstar:                                      # one script is enough for the evaluation
-        unevaluated(monkeypatch)
-    tiny(run, *more, "--resume", script=script)
+    tiny(run, *more, "--resume", script=script, evaluate=script is cstar)        # one script's is enough
     assert all(same_weights(folder / name, run / name) for name in ("model.pt", "dense.pt"))
     lines = [[{k: v for k, v in line.items() if k not in ("seconds", "output")} for line in log_of(f)]
              for f in (folder, run)]
@@ -1707,9 +1702,8 @@ def test_compiled_networks_learn_what_plain_ones_do(tmp_path, monkeypatch, scrip
     monkeypatch.setattr(shutil, "which", lambda name: name)
     monkeypatch.setattr(nn.Module, "compile", lambda model: (          # traced, but run without a compiler
         compiled.append(model), compile_(model, backend="eager")))
-    unevaluated(monkeypatch)
     for name, more in (("plain", ()), ("compiled", ("--compile",))):
-        tiny(tmp_path / name, "--amp", "off", *more, script=script)
+        tiny(tmp_path / name, "--amp", "off", *more, script=script, evaluate=False)
     assert len(compiled) >= 1 + (script is not binary_relax)         # the cut network too
     plain, other = ([row["loss"] for row in log_of(tmp_path / name) if "loss" in row] for name in (
         "plain", "compiled"))
@@ -1728,13 +1722,11 @@ FLAGS = {                                                        # base + flag; 
 
 
 @pytest.mark.parametrize("script, flags", [(s, flags) for s in SCRIPTS for flags in FLAGS[s].split(", ")])
-def test_flags_do_something(whole, tmp_path, monkeypatch, script, flags):
+def test_flags_do_something(whole, tmp_path, script, flags):
     base, more = (part.split() for part in flags.rpartition("+")[::2])
     base, run = ["--train-images", "64", *base], tmp_path / "run"
-    unevaluated(monkeypatch)
-    before = whole(script, *base)[0]
-    found = tiny(run, *base, *more, script=script)
-    assert not same_weights(before / "model.pt", run / "model.pt")
+    found = tiny(run, *base, *more, script=script, evaluate=False)
+    assert not same_weights(whole(script, *base, evaluate=False)[0] / "model.pt", run / "model.pt")
     if script is cstar:
         rhos = {"--admm-epochs": None, "--rho": 0.1, "--admm-lr": 150, "--momentum": 7.5}
         rho = rhos.get(more[0], 1.5)                             # 3 (1 - momentum) / (rate * 2 steps)
@@ -1750,8 +1742,7 @@ def test_admm_that_did_not_converge_is_told_by_its_smallest_residual(script, tmp
         admm.residuals.append([0.5, 0.2, 0.4][len(admm.residuals)])
         return admm.residuals[-1] if script is cstar else (admm.residuals[-1], 0.0)
     monkeypatch.setattr(script.ADMM, "update", update)
-    unevaluated(monkeypatch)
-    tiny(tmp_path / "run", *UNTRAINED, "--admm-epochs", "3", script=script)
+    tiny(tmp_path / "run", *UNTRAINED, "--admm-epochs", "3", script=script, evaluate=False)
     assert "ADMM did not converge" in log_of(tmp_path / "run")[-1]["note"]
 
 
@@ -2388,22 +2379,19 @@ def test_two_processes_find_the_accuracies_of_one_and_attack_no_image_twice():
 
 
 def stop_and_resume(folder):
-    unevaluated(patch := pytest.MonkeyPatch())
-    tiny(folder / "whole")
+    tiny(folder / "whole", evaluate=False)
     stopped(4, lambda: tiny(folder / "run"))
     if common.rank() == 0:
         shutil.copytree(folder / "run", folder / "one")
     stopped(2, lambda: tiny(folder / "run", "--resume"))             # before the cut and what it draws
-    patch.undo()
     return tiny(folder / "run", "--resume")["processes"]
 
 
-def test_two_processes_resume_bit_for_bit_and_one_goes_on_where_they_stopped(tmp_path, monkeypatch):
+def test_two_processes_resume_bit_for_bit_and_one_goes_on_where_they_stopped(tmp_path):
     assert together(2, stop_and_resume, tmp_path) == [2, 2]
     assert (tmp_path / "whole/model.pt").read_bytes() == (tmp_path / "run/model.pt").read_bytes()
     assert json.loads((tmp_path / "run/result.json").read_text())["processes"] == 2
-    unevaluated(monkeypatch)
-    tiny(tmp_path / "one", "--resume")
+    tiny(tmp_path / "one", "--resume", evaluate=False)
     whole, run, one = (log_of(tmp_path / name) for name in ("whole", "run", "one"))
     assert (len(whole), len(run), len(one)) == (8, 9, 8) and run[:3] == one[:3]
 
@@ -2516,15 +2504,15 @@ PUBLISHED = [dict, lambda state: dict(state_dict=state, epoch=9, best=torch.tens
              lambda state: dict(model=prefixed(state, "module.attacker.model.", "module.model."))]
 
 
-@pytest.mark.parametrize("form, renamed", zip(PUBLISHED, itertools.cycle((True, False))))
-def test_pretrained_takes_what_others_published(tmp_path, monkeypatch, digits, form, renamed):
+@pytest.mark.parametrize("form, renamed", [*zip(PUBLISHED, itertools.cycle((True, False)))])
+def test_pretrained_takes_what_others_published(tmp_path, digits, form, renamed):
     own, images = shaken("resnet18", 1, 1, 8).half().float().eval(), common.to_float(digits.test[0][:40])
     theirs = own.state_dict()
     if renamed:                                                  # as torchvision has them
         theirs = {k.replace("shortcut", "downsample").replace("linear", "fc"): t for k, t in theirs.items()}
     torch.save(form(theirs), path := tmp_path / "theirs.pt", _use_new_zipfile_serialization=form is not dict)
-    unevaluated(monkeypatch)
-    tiny(tmp_path / "run", *UNTRAINED, "--pretrained", str(path), *"--mean 0.3 --std 0.5".split())
+    flags = [*UNTRAINED, "--pretrained", str(path), *"--mean 0.3 --std 0.5".split()]
+    tiny(tmp_path / "run", *flags, evaluate=False)
     with torch.no_grad():                                        # others normalise outside of the network
         assert torch.equal(common.load_model(tmp_path / "run/dense.pt")(images), own((images - 0.3) / 0.5))
     artifact, compact = common.read_model(tmp_path / "run/model.pt")
@@ -2540,7 +2528,6 @@ def test_pretrained_takes_what_others_published(tmp_path, monkeypatch, digits, f
 def test_pretrained_that_does_not_fit_is_one_sentence_and_runs_no_code(tmp_path, monkeypatch, words, change):
     monkeypatch.chdir(tmp_path)
     torch.save(resnet().state_dict() | change, "theirs.pt")
-    unevaluated(monkeypatch)
     argv = [*TINY, *UNTRAINED, "--pretrained", "theirs.pt", "--output", "run"]
     ends(cstar.main, argv, monkeypatch, 1 if "code" in words else 2, words)
     assert os.listdir() == ["theirs.pt"]
