@@ -149,6 +149,8 @@ def test_data_subsets_are_balanced_prefixes_and_an_epoch_is_a_shuffle_without_re
     assert set(small) <= set(large) and len(set(large)) == 200
     x = [x for x, _ in digits.batches(100, torch.Generator().manual_seed(1))]
     assert len(x) == 14 and all(b.shape == (100, 1, 8, 8) for b in x)
+    once = [len(x) for x, _ in digits.batches(10**4, torch.Generator())]
+    assert once == [len(images)] and digits.steps(10**4) == 1
     flat, whole = torch.cat(x).flatten(1), images.float().div(255).flatten(1)
     assert flat.min() == 0 and flat.max() == 1 and not torch.equal(flat, whole[:1400])
     assert len(flat.unique(dim=0)) >= 1400 - (len(whole) - len(whole.unique(dim=0)))
@@ -569,6 +571,8 @@ def test_cstar_projection_has_the_rank_is_idempotent_and_within_the_bounds_of_ho
         p = cstar.project(w, [i + 1 for i in pair[:len(rank)]])
         assert table[pair].item() == pytest.approx((w - p).square().sum().item(), abs=1e-9)
     assert torch.equal(w, conv_weight(*shape)) and torch.allclose(p, w)      # as it was, and at full rank
+    with pytest.raises(common.Fault, match="not finite"):
+        cstar.project(w * math.nan, rank)
 
 
 @pytest.mark.parametrize("shape, rank", SHAPES[:2])
@@ -1877,8 +1881,8 @@ REFUSED = {                                                      # {script: {sai
         "500 is not from": "--ratio 500", "too deep.*8x8": "--arch vgg16", "361.*360": "--eval-images 361",
         "5 is not": "--train-images 5", "3 is more": "--ramp-epochs 3 --pretrained x.pt",
         "is none of": "--device cuda:77, --device gpu", "no file nowhere.pt": "--pretrained nowhere.pt",
-        "not with --pretrained": "--pretrain-epochs 3 --pretrained x.pt",
-        "names no file": "--pretrained ''",
+        "not with --pretrained": "--pretrain-epochs 3 --pretrained x.pt", "1 numbers each": "--mean 0.5",
+        "names no file": "--pretrained ''", "colour images": "--arch imagenet_resnet18",
         "mydata.*--epsilon": "--dataset mydata", "no folder": "--dataset mydata --epsilon 8/255",
         "does nothing": "--rho 1 --admm-epochs 0, --admm-lr 1 --admm-epochs 0, "
                         "--finetune-lr 1 --finetune-epochs 0"},
