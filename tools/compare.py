@@ -268,8 +268,11 @@ def name_points(axes, points, key):
         def move(place):
             text.set(position=(6 * place[0], place[1]), ha="left" if place[0] > 0 else "right")
             return text.get_window_extent()
-        box = move(min(places, key=lambda place: sum(move(place).overlaps(other) for other in taken)))
-        taken.append(box)
+
+        def hidden(place):
+            box = move(place)                                    # which is slow
+            return sum(box.overlaps(other) for other in taken)
+        taken.append(move(min(places, key=hidden)))
 
 
 def draw(table, path):
