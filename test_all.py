@@ -399,6 +399,7 @@ def test_evaluate_is_near_autoattack(digits):
     def survivors(images, attack):
         judge = pyautoattack.AutoAttack(model, eps=0.2, version="custom", attacks=[attack], seed=0)
         judge.apgd_targeted.n_target_classes = 3
+        judge.apgd.n_iter = judge.apgd_targeted.n_iter = 40
         x_adv = judge.run_standard_evaluation(common.to_float(images[0]), images[1], batch_size=100)[0]
         right = model(x_adv).argmax(1) == images[1]
         return [t[right] for t in images]
