@@ -1313,7 +1313,7 @@ def test_hydra_weight_of_mixtrain_grows_at_the_full_radius_and_scores_have_no_de
         return train_epoch(model, batches, optimizer, *rest, **more)
     epochs, groups, weights, train_epoch = [], [], [], hydra_prune.train_epoch
     monkeypatch.setattr(hydra_prune, "train_epoch", spy)
-    tiny(tmp_path / "run", *"--objective natural --ramp-epochs 1".split(), script=hydra_prune, evaluate=False)
+    tiny(tmp_path / "run", "--ramp-epochs", "1", script=hydra_prune, evaluate=False)
     assert epochs == [-1, 0, 0, 1, 0, 1]
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in resnet().modules())
     scores = len(hydra_prune.Scores(resnet(), "irregular", 2).s)
