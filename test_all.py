@@ -133,12 +133,13 @@ def whole(tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def counted():
-    """Runs do not measure latency, which takes a second: here it is a number of parameters."""
+def real_latency():
+    """common.latency, which takes a second: in the runs here it is a number of parameters."""
+    latency = common.latency
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "latency", lambda models, network, batch, device: [
             batch * sum(p.numel() for p in model.parameters()) for model in models])
-        yield
+        yield latency
 
 
 # ---------------------------------------------------------------- data
@@ -161,6 +162,17 @@ def test_data_subsets_are_balanced_prefixes_and_an_epoch_is_a_shuffle_without_re
     assert len(digits.test[1]) == 360
     theirs = pytest.importorskip("sklearn.datasets").load_digits()
     assert (x == theirs.images).all() and (y == theirs.target).all()
+
+
+def test_data_flags_take_balanced_subsets_and_a_cpu_judges_1000_images(digits, monkeypatch):
+    data = common.load_data(digits_args(cstar, "--train-images 50 --eval-images 20"))
+    for (x, y), (images, labels), each in zip((data.train, data.test), (digits.train, digits.test), (5, 2)):
+        first = common.balanced(labels.numpy(), 10 * each)
+        assert y.bincount().tolist() == [each] * 10 and torch.equal(x, images[first])
+    pair = np.zeros((1100, 1, 28, 28), np.uint8), np.arange(1100) % 10
+    monkeypatch.setattr(common, "read_torchvision", lambda *_, **more: (pair, pair, list("0123456789")))
+    data = common.load_data(cstar.get_args("--dataset mnist --data-dir nowhere --device cpu".split()))
+    assert [len(y) for _, y in (data.train, data.test)] == [1100, 1000]
 
 
 @pytest.mark.parametrize("name, shape, varied", [
@@ -195,6 +207,16 @@ def test_data_crop_and_flip_move_whole_images():
         place, = (place for place, view in views.items() if torch.equal(out, view))
         seen.add(place)
     assert seen == set(views) and len(seen) == 18                # every offset, mirrored and not
+
+
+def test_data_batches_crop_and_flip_each_image_by_itself():
+    """Of 64 copies of one image: unchanged, mirrored or not, and at most of the 25 places of a crop."""
+    image = torch.randint(0, 256, (1, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pair, found = (image.expand(64, -1, -1, -1), torch.zeros(64, dtype=torch.long)), []
+    for crop, flip in ((0, False), (0, True), (2, False)):
+        (x, _), = common.Data(pair, pair, [], crop, flip).batches(64, torch.Generator().manual_seed(0))
+        found.append(len(x.flatten(1).unique(dim=0)))
+    assert found[:2] == [1, 2] and 15 < found[2] <= 25
 
 
 def write_images(root, mode="RGB", size=(8, 8), test="test", grow=0):
@@ -325,6 +347,20 @@ def test_pgd_equals_foolbox_without_random_start(robust, digits):
     assert ((ours - theirs).abs() > 1e-6).double().mean() < 1e-3         # signs of gradients near 0
 
 
+def test_pgds_annealed_steps_and_moves_are_their_formulas():
+    """On a loss that is linear in x, far from every bound; the last step is a tenth of the first."""
+    x, seen = torch.full((1, 1, 2, 2), 0.5, dtype=torch.float64), []
+    def loss(logits, _):
+        return logits.sum(1)
+    model = nn.Sequential(nn.Flatten()).eval()
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].max().item()))
+    last = common.pgd(model, x, torch.tensor([0]), 0.4, 0.05, 5, loss=loss, start=x, anneal=True).max().item()
+    wanted = [0.5, 0.5 + 0.05]
+    for t in range(1, 5):
+        wanted.append(wanted[-1] + 0.75 * 0.05 * 0.1 ** (t / 4) + 0.25 * (wanted[-1] - wanted[-2]))
+    assert [*seen, last] == pytest.approx(wanted, rel=1e-6)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_pgd_leaves_weights_gradients_modes_and_statistics_alone(training):
     def settings():
@@ -372,6 +408,41 @@ def test_training_attacks_in_eval_mode_and_waits_for_a_gpu_in_pgds_two_checks_al
     assert waits[1] - waits[0] == 2 * 2                          # are the pixels and is the gradient fit?
 
 
+@every_script
+def test_what_is_logged_is_the_mean_over_images_without_the_penalty(script):
+    """Of batches of 8 and 4 images, without an attack; [F] of Binary-Relax weighs 8 + 1."""
+    args, model = digits_args(script), resnet().train()
+    args.epsilon, args.num_steps = 0.0, 0
+    batches = [(torch.rand(n, 1, 8, 8), torch.arange(n) % 10) for n in (8, 4)]
+    logits = [model(x).detach() for x, _ in batches]
+    more = dict(penalty=lambda: 1000 + 0 * model.linear.bias.sum()) if script in (cstar, admm_prune) else {}
+    found = script.train_epoch(model, batches, *sgd(model.parameters(), 0.0), args, **more)
+    logits, y = torch.cat(logits), torch.cat([y for _, y in batches])
+    loss, right = F.cross_entropy(logits, y).item(), 100 * (logits.argmax(1) == y).double().mean().item()
+    assert found["loss"] == pytest.approx(loss * (9 if script is binary_relax else 1), rel=1e-4)
+    assert found["train_robust_acc"] == pytest.approx(right)
+
+
+@every_script
+def test_rates_of_every_phase_rise_to_their_peak_and_fall_to_zero_within_it(script, tmp_path, monkeypatch):
+    """Phases of 1, 2 and 3 epochs of 4 steps; Binary-Relax has one cycle for the last two."""
+    def make_optimizer(model, *args, **more):
+        optimizer, schedule = common.make_optimizer(model, *args, **more)
+        rates.append([])
+        optimizer.register_step_pre_hook(lambda o, *_, own=rates[-1]: own.append(o.param_groups[0]["lr"]))
+        return optimizer, schedule
+    rates = []
+    monkeypatch.setattr(script, "make_optimizer", make_optimizer)
+    lr = dict(zip(SCRIPTS, ("--admm-lr", "--admm-lr", "--prune-lr", "--relax-lr")))[script]
+    flags = (f"--pretrain-epochs 1 --{PHASE[script]}-epochs 2 --finetune-epochs 3 --num-steps 0 {lr} 0.07"
+             + " --finetune-lr 0.03" * (script is not binary_relax))
+    tiny(tmp_path / "run", *flags.split(), script=script, evaluate=False)
+    steps, peaks = ([4, 20], [0.1, 0.07]) if script is binary_relax else ([4, 8, 12], [0.1, 0.07, 0.03])
+    assert [len(own) for own in rates] == steps
+    for own, peak in zip(rates, peaks):
+        assert 0.85 * peak < max(own) <= peak and own[-1] < 0.25 * peak
+
+
 # ---------------------------------------------------------------- evaluation
 SETTINGS = dict(epsilon=0.2, step_size=0.2, num_steps=20)
 
@@ -393,6 +464,16 @@ def test_autoattack_gets_gradients_that_it_can_view_flat(monkeypatch):
     assert model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     with pytest.raises(common.Fault, match="four classes"):
         judges.autoattack(resnet(channels=3, classes=3), (images, y), epsilon=0.1)
+
+
+def test_autoattack_counts_what_it_or_a_second_look_finds_broken(monkeypatch):
+    pyautoattack = pytest.importorskip("pyautoattack")
+    model, images = linear(conv_weight(5, 12).float()), torch.randint(0, 256, (4, 3, 2, 2), dtype=torch.uint8)
+    y = model(common.to_float(images)).argmax(1)
+    for found, returned in ((torch.arange(4) < 1, y), (torch.zeros(4, dtype=torch.bool), y)):
+        monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation",
+                            lambda self, x, y, batch_size: (x, (y + found) % 5))
+        assert judges.autoattack(model, (images, y), epsilon=0.1)[0] == 100 - 25 * int(found.sum())
 
 
 def test_evaluate_is_near_autoattack(digits):
@@ -433,6 +514,15 @@ def test_evaluate_counts_every_iterate_of_every_restart(robust, digits):
                 before, x_adv = now, torch.clamp(new, x - 0.2, x + 0.2).clamp(0, 1)
     found = common.evaluate(robust, images, **SETTINGS, restarts=3, losses=["ce", "margin"])
     assert found["robust_acc"] == common.per_cent(survived)
+
+
+def test_evaluate_counts_the_clean_image_and_the_last_iterate():
+    """Class 1 where the pixel is above one half: one image is wrong, one breaks at the step, one stays."""
+    model = linear(torch.tensor([[0.0], [1.0]]))
+    model[1].bias.data = torch.tensor([0.5, 0.0])
+    x, y = torch.tensor([100, 140, 200], dtype=torch.uint8).view(3, 1, 1, 1), torch.tensor([1, 1, 1])
+    found = common.evaluate(model, (x, y), epsilon=0.1, step_size=0.1, num_steps=1, random_start=False)
+    assert (found["clean_acc"], found["robust_acc"]) == (66.667, 33.333)
 
 
 def test_intervals_are_scipys():
@@ -512,6 +602,28 @@ def test_evaluate_of_a_random_network_is_repeatable_and_says_so(robust, digits, 
     assert min(gaps) < 0 < max(gaps) and abs(sum(gaps)) < 12 * 0.8
     others = [common.evaluate(model, images, **SETTINGS, eot=2, seed=seed) for seed in (4, 5, 6)]
     assert any(other["robust_acc"] != first["robust_acc"] for other in others)
+
+
+def test_evaluate_of_a_random_network_takes_the_losses_in_turn(digits, monkeypatch):
+    model, pgd, found = linear(conv_weight(10, 64).float()), common.pgd, []
+    noisy = Wrapped(model, lambda inner, x: inner(x + 0.1 * torch.randn_like(x)))
+    monkeypatch.setattr(common, "pgd", lambda *args, **more: found.append(
+        (more["loss"], more["eot"], more["anneal"])) or pgd(*args, **more))
+    common.evaluate(noisy, [t[:20] for t in digits.test], **SETTINGS | dict(num_steps=1), eot=3, restarts=3)
+    assert found == [("ce", 3, True), ("margin", 3, True), ("ce", 3, True)]
+
+
+def test_noisy_verdict_is_that_of_the_worst_restart(monkeypatch):
+    """Of a linear network with little noise; the first restart breaks both images, the second none."""
+    def attack(model, x, *_, **more):
+        return x - next(shifts)
+    model, shifts = linear(torch.tensor([[0.0], [1.0]])), iter([0.2, 0.0])
+    model[1].bias.data = torch.tensor([0.5, 0.0])
+    noisy = Wrapped(model, lambda inner, x: inner(x) + 1e-3 * torch.randn(len(x), 2))
+    images = torch.tensor([150, 160], dtype=torch.uint8).view(2, 1, 1, 1), torch.tensor([1, 1])
+    monkeypatch.setattr(common, "pgd", attack)
+    found = common.evaluate(noisy, images, epsilon=0.2, step_size=0.2, num_steps=1, restarts=2)
+    assert (found["clean_acc"], found["robust_acc"]) == (100, 0)
 
 
 def test_evaluating_on_the_cpu_puts_a_gpus_random_numbers_back(robust, monkeypatch):
@@ -622,6 +734,20 @@ def test_cstar_ranks_are_near_an_exhaustive_search():
     assert cstar.choose_ranks(weights, total) == dict.fromkeys(weights)
 
 
+def test_cstar_chain_lowers_the_rank_that_loses_less_for_the_cost_it_saves():
+    w = conv_weight(6, 9, 3, 3) * torch.arange(1, 7).view(-1, 1, 1, 1) ** -1.5
+    table, states, lowered = cstar.error_table(w) / w.square().sum(), cstar.chain(w, (2, 3))[::-1], set()
+    def loss(rank, below):
+        rise = table[below[0] - 1, below[1] - 1] - table[rank[0] - 1, rank[1] - 1]
+        return rise / (cstar.cost(w.shape, rank) - cstar.cost(w.shape, below))
+    assert states[0] == (w.numel(), 0.0, None) and states[-1][2] == (2, 3)
+    for (_, _, rank), (_, _, below) in itertools.pairwise(states[1:]):
+        options = [(rank[0] - 1, rank[1])] * (rank[0] > 2) + [(rank[0], rank[1] - 1)] * (rank[1] > 3)
+        assert below == min(options, key=lambda option: loss(rank, option))
+        lowered.add((len(options), options.index(below)))
+    assert {(2, 0), (2, 1)} <= lowered
+
+
 @pytest.mark.parametrize("arch, width, budget, rule", [
     ("resnet18", 16, "parameters", "hull"), ("wrn28_4", 16, "macs", "hull"),
     *itertools.product(("resnet18", "vgg16", "wrn28_4", "lenet"), [4], ("parameters", "macs"), ["hull"]),
@@ -677,6 +803,22 @@ def test_cstar_ranks_are_below_the_floor_only_where_the_budget_is():
         cstar.budget_of(model, largest + 0.02)
 
 
+def test_cstar_ranks_rise_together_to_the_floor_rounded_up_before_any_goes_on():
+    weights = dict(a=conv_weight(70, 5), b=1e-3 * conv_weight(34, 40, 3, 3), c=conv_weight(6, 6, 3, 3))
+    path = list(cstar.rank_path(weights, dict.fromkeys(weights, (1, 1)), cstar.FLOOR))
+    least = dict(a=(1,), b=(2, 2), c=(1, 1))                     # 3 % of 5, of 34 and 40, of 6, rounded up
+    assert path[:2] == [("b", (1, 2)), ("b", (2, 2))]
+    assert all(min(np.subtract(rank or least[name], least[name])) >= 0 for name, rank in path[2:])
+
+
+def test_cstar_budget_of_macs_is_kept_by_the_file(tmp_path):
+    tiny(tmp_path, *UNTRAINED, "--budget", "macs", "--ratio", "2", "--width", "4", evaluate=False)
+    (artifact, compact), (_, dense) = (
+        common.read_model(tmp_path / name) for name in ("model.pt", "dense.pt"))
+    small, large = (common.count_macs(model, artifact["network"]) for model in (compact, dense))
+    assert 0.48 * large < small <= large / 2
+
+
 @pytest.mark.parametrize("layer, rank, size", [
     (nn.Conv2d(6, 8, 3, stride=2, padding=1, bias=False), (3, 4), 9),
     (nn.Conv2d(6, 8, 3, dilation=2, padding=2, padding_mode="circular"), (2, 5), 9),
@@ -699,12 +841,17 @@ def test_cstar_batch_norm_is_the_average_over_batches_of_attacked_images(tmp_pat
     cstar.reestimate_batchnorm_(model, batches, 3)
     average = torch.stack([x.mean((0, 2, 3)) for x, _ in batches[:3]]).mean(0)
     assert torch.allclose(model[0].running_mean, average, atol=1e-6) and model[0].momentum == 0.1
-    for pgd, black in ((common.pgd, False), (lambda model, x, *_: 0 * x, True)):
+    modes = []
+    def blacken(model, x, *_):
+        modes.append(model.training)
+        return 0 * x
+    for pgd, black in ((common.pgd, False), (blacken, True)):
         monkeypatch.setattr(cstar, "pgd", pgd)
         flags = "--admm-epochs 0 --finetune-epochs 0 --pretrain-epochs 1".split()
         tiny(tmp_path / str(black), *flags, evaluate=False)
         mean = common.load_model(tmp_path / str(black) / "model.pt").bn1.running_mean
         assert (mean.abs().max() == 0) == black
+    assert modes == [False] * 8                                  # 4 batches of training, 4 of statistics
 
 
 # ---------------------------------------------------------------- ADMM pruning
@@ -788,6 +935,19 @@ def test_admm_smaller_network_equals_the_masked_one(arch, channels, size, groupe
     assert whole == ([p.shape for p in small.state_dict().values()] == half)
     assert whole == (grouped or arch in ("lenet", "vgg16"))
     assert all((small.get_parameter(name)[~mask] == 0).all() for name, mask in left.items())
+
+
+def test_pruning_leaves_the_batch_norm_of_a_sum_where_one_of_its_writers_lives():
+    model = shaken("wrn28_4", 2, 2, 8)
+    chosen, groups = filter_masks(model, 2), common.channel_groups(model)
+    masks, some = common.parameter_masks(model, chosen, True), 0
+    for writers, norms, _ in groups:
+        alive = torch.stack([chosen[name].flatten(1).any(1) for name in writers])
+        some += bool(norms) and not torch.equal(alive.any(0), alive.all(0))
+        for norm in norms:
+            assert torch.equal(masks[f"{norm}.weight"], alive.any(0)) and torch.equal(
+                masks[f"{norm}.bias"], alive.any(0))
+    assert some
 
 
 def pruning(w, **more):
@@ -943,6 +1103,21 @@ def test_admm_updates_come_at_their_interval(tmp_path):
     assert [admm_prune.first_rho(args, Mock(steps=lambda _: n)) for n in (1, 3, 60)] == [20, 20, 1]
 
 
+def test_admm_cut_goes_by_the_weights_alone(tmp_path, monkeypatch):
+    """[G] project(W), not project(W + U)."""
+    def updated(admm):
+        found = update(admm)
+        held.update({name: w.detach().clone() for name, w in admm.weights.items()})
+        admm.u = {name: u + torch.randn_like(u) for name, u in admm.u.items()}
+        return found
+    held, update = {}, admm_prune.ADMM.update
+    monkeypatch.setattr(admm_prune.ADMM, "update", updated)
+    flags = [*UNTRAINED, *"--admm-epochs 1 --num-steps 0 --scheme irregular".split()]
+    tiny(tmp_path, *flags, script=admm_prune, evaluate=False)
+    cut, wanted = common.load_model(tmp_path / "model.pt"), admm_prune.choose_masks(held, "irregular", 4)
+    assert all(torch.equal(cut.get_parameter(name) != 0, mask) for name, mask in wanted.items())
+
+
 def test_files_leave_zeros_out_and_give_them_back(tmp_path):
     path, entropy = tmp_path / "model.pt", -0.1 * math.log2(0.1) - 0.9 * math.log2(0.9)  # a plain map: 1
     network = dict(arch="lenet", width=16, channels=1, classes=10, size=[8, 8])
@@ -1073,6 +1248,21 @@ def test_hydra_objectives_are_their_formulas(digits, name):
         noise = (x + 0.2 * torch.randn_like(x).sign()).clamp(0, 1)
         clean, found, random = (before(image) for image in (x, near[0], noise))
         assert hydra_prune.kl(clean, found).mean() > 2 * hydra_prune.kl(clean, random).mean()
+
+
+def test_hydra_trades_attacks_the_divergence_from_the_clean_image(digits):
+    """KL(p || q), not KL(q || p): at confident predictions their gradients differ."""
+    args, y = digits_args(hydra_prune, "--num-steps 4 --objective trades"), digits.train[1][:20]
+    x, model, seen = common.to_float(digits.train[0][:20]), linear(3 * conv_weight(10, 64).float()), []
+    model.register_forward_pre_hook(lambda m, got: seen.append((m.training, got[0].detach())))
+    torch.manual_seed(1)
+    hydra_prune.objective(model, x, y, args, 0.5)
+    torch.manual_seed(1)
+    p = F.softmax(model.eval()(x), 1).detach()
+    wanted = common.pgd(model, x, y, 0.1, 0.025, 4, start=x + 0.001 * torch.randn_like(x),
+                        loss=lambda logits, _: -(p * F.log_softmax(logits, 1)).sum(1))
+    found = [image for training, image in seen if training][1]
+    assert ((found - wanted).abs() > 1e-6).double().mean() < 0.01
 
 
 # ---------------------------------------------------------------- HYDRA: bounds, and smoothing
@@ -1350,6 +1540,14 @@ def test_smoothing_radius_is_below_the_true_distance_and_its_curve_falls(robust,
     assert curve[0] <= 100 - 100 * found["abstained"] / 20       # what abstains counts as wrong
 
 
+def test_smoothing_counts_a_certified_wrong_class_as_wrong():
+    model, images = linear(torch.zeros(3, 4)), torch.zeros(4, 1, 2, 2, dtype=torch.uint8)
+    model[1].bias.data = torch.tensor([0.0, 9.0, 0.0])           # class 1, whatever the noise
+    images = images, torch.tensor([1, 1, 0, 1])
+    found = judges.smoothing_curve(model, images, sigma=0.25, draws=100, classes=3)
+    assert set(found["curve"].values()) == {75.0} and found["abstained"] == 0 and len(found["curve"]) > 3
+
+
 # ---------------------------------------------------------------- Binary-Relax
 BITS = (1, 2, 4)
 GOLDEN = [0.9, -0.5, 0.1, -0.05, 0.3, 1.4, -0.2, 0.02]
@@ -1601,6 +1799,14 @@ def test_relax_run_writes_a_smaller_file_of_few_values(whole, bits, more):
     assert lam == ([1, 350**0.5] if bits < 32 else [None, None])
 
 
+def test_relax_logs_the_zeros_of_the_quantised_weights(tmp_path):
+    found = tiny(tmp_path, "--num-steps", "0", script=binary_relax, evaluate=False)
+    rows = [line for line in log_of(tmp_path) if line.get("phase") in ("relax", "finetune")]
+    assert rows[-1]["sparsity"] == found["sparsity"] > 5
+    assert rows[-1]["channel_sparsity"] == found["channel_sparsity"]
+    assert all(row["sparsity"] > 5 for row in rows)
+
+
 @pytest.mark.parametrize("more", ["--relax-epochs 0", "--relax-epochs 1", "--relax-epochs 1 --method bc"])
 def test_relax_without_fine_tuning_has_statistics_of_the_quantised_network(tmp_path, more):
     flags = f"--pretrain-epochs 1 --finetune-epochs 0 {more}".split()
@@ -1656,6 +1862,45 @@ def test_cstar_run_writes_a_smaller_file_that_is_what_it_reports(finished):
     assert phases_of(folder) == [2, 2, 2] and log_of(folder)[-1]["phase"] == "final"
     x = torch.rand(2, 1, 8, 8)
     assert torch.allclose(torch.export.export(model, (x,)).module()(x), model(x), atol=1e-6)
+
+
+def test_a_result_reports_what_is_of_the_compact_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "evaluate", lambda model, *_, **more: dict(clean_acc=1.0, robust_acc=1.0))
+    monkeypatch.setattr(common, "sanity_flags", lambda model, *_, **more: [
+        str(sum(p.numel() for p in model.parameters()))])
+    monkeypatch.setattr(common, "latency", lambda *_: [2.0, 1.0])
+    found = tiny(tmp_path, *UNTRAINED)
+    (artifact, compact), (_, dense) = (
+        common.read_model(tmp_path / name) for name in ("model.pt", "dense.pt"))
+    assert found["flags"] == [str(found["parameters"])]
+    assert [found["dense_macs"], found["macs"]] == [
+        common.count_macs(model, artifact["network"]) for model in (dense, compact)]
+    assert found["macs_ratio"] == round(found["dense_macs"] / found["macs"], 3)
+    assert found["nonzeros"] == sum(int(p.count_nonzero()) for p in compact.parameters())
+
+
+def test_a_runs_seed_is_that_of_its_weights_its_batches_and_its_evaluation(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(cstar, "train_epoch", lambda model, batches, *_, **more: (
+        begun.append((model.conv1.weight.detach().clone(), next(batches)[1])), dict(loss=0.0))[1])
+    monkeypatch.setattr(common, "evaluate", judge := Mock(side_effect=Stop))
+    for seed in (0, 7):
+        with pytest.raises(Stop):
+            tiny(tmp_path / str(seed), "--seed", str(seed), "--admm-epochs", "0", "--finetune-epochs", "0")
+        assert judge.call_args.kwargs["seed"] == seed
+    (weight, labels), (other, others) = begun[0], begun[2]
+    assert not torch.equal(weight, other) and not torch.equal(labels, others)
+
+
+def test_latency_is_the_median_in_milliseconds_in_the_order_of_the_models(real_latency, monkeypatch):
+    """By a clock that the models themselves move; the first pass of each and one other are slow."""
+    def model(seconds):
+        slow = iter([50.0, seconds, 9.0])
+        return lambda x: clock.append(clock[-1] + next(slow, seconds))
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[-1])
+    network = dict(channels=1, size=(2, 2))
+    assert real_latency([model(0.25), model(0.125)], network, 1, "cpu") == [250.0, 125.0]
 
 
 @pytest.mark.parametrize("script, more, saves", [
@@ -1746,13 +1991,16 @@ def test_flags_do_something(whole, tmp_path, script, flags):
 
 
 @pytest.mark.parametrize("script", [cstar, admm_prune])
-def test_admm_that_did_not_converge_is_told_by_its_smallest_residual(script, tmp_path, monkeypatch):
+@pytest.mark.parametrize("residuals, told", [
+    ([0.5, 0.2, 0.4], True), ([0.5, 0.2, 0.21], False), ([0.2, 0.1, 0.12], True), ([0.5, 0.3, 0.3], True)])
+def test_admm_that_did_not_converge_is_told(script, residuals, told, tmp_path, monkeypatch):
     def update(admm):
-        admm.residuals.append([0.5, 0.2, 0.4][len(admm.residuals)])
+        admm.residuals.append(residuals[len(admm.residuals)])
         return admm.residuals[-1] if script is cstar else (admm.residuals[-1], 0.0)
     monkeypatch.setattr(script.ADMM, "update", update)
+    monkeypatch.setattr(script, "train_epoch", lambda *_, **more: dict(loss=0.0))
     tiny(tmp_path / "run", *UNTRAINED, "--admm-epochs", "3", script=script, evaluate=False)
-    assert "ADMM did not converge" in log_of(tmp_path / "run")[-1]["note"]
+    assert any("ADMM did not converge" in line.get("note", "") for line in log_of(tmp_path / "run")) == told
 
 
 def spawn(*command, cwd=HERE, **more):
@@ -1772,6 +2020,31 @@ def test_evaluate_at_another_radius_takes_steps_in_proportion_and_calls_other_ju
     assert [one["attack"]["step_size"] for one in found] == [0.2, 0.1, 0.1, 0.03]
     assert {one["kind"] for one in found} == {"compact"} and found[3]["attack"]["losses"] == ["margin"]
     assert found[3]["transfer_acc"] <= found[3]["clean_acc"] and found[3]["smoothed"]["draws"] == 100
+
+
+def test_evaluate_passes_its_flags_on(monkeypatch):
+    given = dict(evaluate=dict(robust_acc=50.0, images=9), sanity_flags=[], smoothing_curve={}, transfer=50)
+    asked = {name: Mock(return_value=value) for name, value in given.items()}
+    for name, mock in asked.items():
+        monkeypatch.setattr(judges, name, mock)
+    file = str(SHIPPED / "model.pt")
+    judges.main([file, *("--losses ce --constant-step --eval-step-size 0.03 --epsilon 0.1 --eval-steps 7 "
+                         "--seed 5 --restarts 2 --eot 3 --smoothing 0.5 --smoothing-images 9 "
+                         f"--smoothing-draws 300 --eval-images 10 --device cpu --source {file}").split()])
+    attack = dict(epsilon=0.1, step_size=0.03, num_steps=7, seed=5, eot=3, anneal=False)
+    assert {name: mock.call_args.kwargs for name, mock in asked.items()} == dict(
+        evaluate=attack | dict(restarts=2, losses=["ce"]), sanity_flags=attack, transfer=attack,
+        smoothing_curve=dict(sigma=0.5, count=9, draws=300, classes=10, seed=5))
+
+
+def test_a_transfer_that_is_stronger_than_pgd_is_a_flag(monkeypatch):
+    monkeypatch.setattr(judges, "evaluate", lambda *_, **more: dict(robust_acc=50.0, images=1000))
+    monkeypatch.setattr(judges, "sanity_flags", lambda *_, **more: [])
+    file = str(SHIPPED / "model.pt")
+    for accuracy, flags in ((47.9, ["transfer is stronger than PGD"]), (48.1, []), (60.0, [])):
+        monkeypatch.setattr(judges, "transfer", lambda *_, **more: accuracy)
+        found = judges.main([file, "--source", file, "--eval-images", "10", "--device", "cpu"])
+        assert found["flags"] == flags and found["transfer_acc"] == accuracy
 
 
 def test_a_forked_script_in_another_folder_makes_files_of_its_own(tmp_path):
@@ -1926,7 +2199,8 @@ def test_defaults_are_the_papers_and_the_evaluation_is_stronger_than_the_trainin
     for epsilon, more, step in ((0.1, "", 0.025), (1, "", 0.25), (0.1, "--step-size=0.2", 0.2)):
         flags = f"--dataset digits --device cpu --epsilon {epsilon} {more}".split()
         assert cstar.get_args(flags).step_size == pytest.approx(step)        # in proportion, if not given
-    relax = binary_relax.get_args(["--device=cpu"])
+    relax, silent = (binary_relax.get_args(["--device=cpu", *more]) for more in ([], ["--noise=0"]))
+    assert [(args.eval_steps, args.eot) for args in (relax, silent)] == [(20, 10), (50, None)]
     assert (relax.adv_weight, relax.nat_weight, relax.noise, relax.depth, relax.members) == (8, 1, 0.1, 20, 1)
     assert (relax.relax_epochs, relax.finetune_epochs, relax.width) == (24, 16, 16)
     assert hydra_prune.get_args(["--device=cpu", "--objective=trades"]).beta == 6
@@ -2228,6 +2502,20 @@ def test_bench_times_every_step_and_the_naive_one_learns_the_same(capsys, digits
     torch.manual_seed(5)
     bench.naive_step(twin, naive[0], *batch, args.epsilon, args.step_size, args.num_steps)
     assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(model.parameters(), twin.parameters()))
+
+
+def test_bench_ratios_are_those_of_its_times(monkeypatch):
+    """By a clock that says so: 8 steps, a warm-up and a round; whatever comes later takes half a second."""
+    spent = itertools.chain([9.0] * 8, [8.0, 4.0, 5.0, 4.4, 4.0, 6.0, 4.0, 4.2], itertools.repeat(0.5))
+    monkeypatch.setattr(bench, "seconds_of", lambda function, device: next(spent))
+    for name in ("limits", "bench_inference"):
+        monkeypatch.setattr(bench, name, lambda *_: {})
+    found = bench.main("--arch lenet --width 4 --batch-size 8 --rounds 1 --amp off --device cpu".split())
+    assert [step["times_naive"] for step in found["steps"].values()] == [1, 2, 1.6, 1.82, 2, 1.33, 2, 1.9]
+    assert {name: added["a step"] for name, added in found["added_per_cent"].items()} == dict(
+        cstar=25.0, admm_prune=10.0, hydra_prune=50.0, binary_relax=5.0)
+    update = dict(update_seconds=0.5, **{"an update each 50,000 images": 0.0})
+    assert found["added_per_cent"]["cstar"] == {"a step": 25.0} | update
 
 
 def test_bench_times_saved_networks_and_onnx_runtime_computes_what_they_are(tmp_path, monkeypatch):
