@@ -332,8 +332,7 @@ def main(argv=None):
     if args.scheme == "filter":
         model, masks = remove_filters_(model, masks)
     model, masks = prepare(model, args), {name: mask for name, mask in masks.items() if not mask.all()}
-    lr = args.lr if ticket else args.finetune_lr
-    optimizer, schedule = make_optimizer(model, lr, phases["finetune"], data, args)
+    optimizer, schedule = make_optimizer(model, args.finetune_lr, phases["finetune"], data, args)
     for epoch in run.epochs("finetune", model=model, optimizer=optimizer, schedule=schedule):
         strength = ramp(epoch, args.ramp_epochs) if ticket else 1.0
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, masks=masks, strength=strength)
