@@ -2436,6 +2436,12 @@ def test_compare_names_rows_as_a_person_does(finished, tmp_path, capsys, monkeyp
     assert labels("run0", "third") == {"dense", f"{same}, device=cpu", f"{same}, device=NVIDIA H100"}
     write_run("third", result, args=dict(ratio=9.0), dense=dict(clean_acc=1.0))
     assert labels("run0", "third") == {same, "low rank, 9x, ADMM", "dense", "dense, of third"}
+    lwm = result | dict(script="hydra_prune", args=hydra | dict(scores="lwm"))
+    for run, seed in ((result, 0), (result, 1), (lwm, 1), (lwm, 2)):                 # of three networks
+        folder = f"seed{seed}-{run['script']}"
+        write_run(folder, run, args=dict(seed=seed), dense=dict(clean_acc=50.0 + seed))
+    (_, dense), = [row for row in compare.main(["seed*"]) if row[0] == "dense"]
+    assert [run["clean_acc"] for run in sorted(dense, key=lambda run: run["clean_acc"])] == [50, 51, 52]
 
 
 def test_compare_refresh_changes_nothing_here_and_repairs_a_table(tmp_path, capsys, monkeypatch):

@@ -190,16 +190,24 @@ def labels_of(rows):
 def dense_rows(rows):
     """{label: dense networks} that the rows started from; if these differ, the label says in which flags, or
     of which run they are, where several would be one of several seeds."""
-    groups = {}                                                  # of rows that had the same networks
+    groups = []                                                  # of rows that share networks, one a seed
     for runs in rows:
-        if runs[0]["args"].get("mode") != "scratch":             # there the network is its own dense one
-            same = {json.dumps([run["dense_parameters"], *(run["dense"].get(k) for k in (
-                "clean_acc", "robust_acc", "verified_acc"))]): run["dense"] for run in runs}
-            groups.setdefault(tuple(sorted(same)), (same, []))[1].append(flags_of(runs[0]))
-    flags = [dict(set.intersection(*(set(f.items()) for f in group))) for _, group in groups.values()]
+        if runs[0]["args"].get("mode") == "scratch":             # there the network is its own dense one
+            continue
+        same = {json.dumps([run["dense_parameters"], *(run["dense"].get(k) for k in (
+            "clean_acc", "robust_acc", "verified_acc"))]): run["dense"] for run in runs}
+        flags = [flags_of(runs[0])]
+        for group in groups[:]:
+            both = same | group[0]
+            seeds = {run["args"]["seed"] for run in both.values()}
+            if group[0].keys() & same.keys() and len(seeds) == len(both):
+                same, flags = both, group[1] + flags
+                groups.remove(group)
+        groups.append((same, flags))
+    flags = [dict(set.intersection(*(set(f.items()) for f in group))) for _, group in groups]
     flags = [{k: f[k] for k in sorted(OF_DENSE & set(f))} for f in flags]
     merged = {}
-    for label, (same, _) in zip(named(["dense"] * len(flags), flags), groups.values()):
+    for label, (same, _) in zip(named(["dense"] * len(flags), flags), groups):
         seeds = {run["args"]["seed"] for key, run in merged.get(label, {}).items() if key not in same}
         if seeds & {run["args"]["seed"] for run in same.values()}:
             label += f", of {next(iter(same.values()))['of']}"
