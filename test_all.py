@@ -1206,6 +1206,24 @@ def test_hydra_radius_grows_by_steps_and_the_pruning_phase_moves_scores_and_batc
         assert torch.equal(old[kept], new[kept]) != norm, name
 
 
+def test_hydra_mask_changed_is_the_share_of_entries_and_pruning_begins_masked(tmp_path, monkeypatch):
+    def spy(model, batches, optimizer, schedule, args, scores=None, *rest, **more):
+        if scores:
+            zeros.append(int((model.layer1[0].conv1.weight == 0).sum()))
+        return train_epoch(model, batches, optimizer, schedule, args, scores, *rest, **more)
+    zeros, train_epoch = [], hydra_prune.train_epoch
+    monkeypatch.setattr(hydra_prune, "train_epoch", spy)
+    flags = "--pretrain-epochs 2 --ramp-epochs 2 --finetune-epochs 0 --num-steps 0"
+    found = tiny(tmp_path, *flags.split(), script=hydra_prune, evaluate=False)
+    before, after = (common.load_model(tmp_path / name) for name in ("dense.pt", "model.pt"))
+    moved = torch.cat([((after.get_submodule(name).weight != 0) ^ hydra_prune.choose_mask(
+        layer.weight, 4)).flatten() for name, layer in hydra_prune.prunable(before, "irregular").items()])
+    assert found["mask_changed"] == pytest.approx(100 * moved.double().mean().item()) and moved.any()
+    assert zeros == [3 * 4 * 4 * 9 // 4] * 2
+    epsilons = [line["epsilon"] for line in log_of(tmp_path) if "phase" in line]     # at each's last step
+    assert epsilons == pytest.approx([0.1, 0.2, 0.2, 0.2])
+
+
 @pytest.mark.parametrize("script, one, other, phases", [
     (hydra_prune, "--scores hydra --prune-epochs 0", "--scores lwm --prune-epochs 0", [2, 2]),
     (hydra_prune, "--scores lwm", "--prune-epochs 0 --finetune-epochs 4", [2, 4]),
@@ -1901,6 +1919,15 @@ def test_latency_is_the_median_in_milliseconds_in_the_order_of_the_models(real_l
     monkeypatch.setattr(time, "perf_counter", lambda: clock[-1])
     network = dict(channels=1, size=(2, 2))
     assert real_latency([model(0.25), model(0.125)], network, 1, "cpu") == [250.0, 125.0]
+
+
+def test_seconds_of_a_phase_are_those_of_all_its_epochs(tmp_path, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    monkeypatch.setattr(cstar, "train_epoch", lambda *_, **more: dict(loss=0.0))
+    tiny(tmp_path, *"--pretrain-epochs 3 --admm-epochs 0 --finetune-epochs 0".split(), evaluate=False)
+    rows = [line["seconds"] for line in log_of(tmp_path) if line.get("phase") == "pretrain"]
+    assert len(rows) == 3 and common.read_file(tmp_path / "last.pt")["seconds"]["pretrain"] >= sum(rows)
 
 
 @pytest.mark.parametrize("script, more, saves", [
