@@ -95,6 +95,8 @@ def get_args(argv=None):
     own = {"trades": dict(beta=6.0), "smooth": dict(beta=6.0, sigma=0.25), "crown-ibp": dict(final_share=0.0),
            "mixtrain": dict(mix_images=1 if args.arch == "cnn_large" else 5)}.get(args.objective, {})
     others = {"beta", "final_share", "mix_images", "sigma"} - own.keys()
+    if args.objective in ("natural", "smooth"):                      # without a radius that could grow
+        others, defaults = others | {"ramp_epochs"}, dict(ramp_epochs=0)
     parser.refuse(args, f"with --objective {args.objective}", *sorted(others))
     if args.objective in BOUNDED:
         parser.refuse(args, f"with --objective {args.objective}, which trains with Adam", "momentum")
@@ -109,8 +111,6 @@ def get_args(argv=None):
     args = resolve(parser, args, **own, **defaults)
     if args.objective in ("natural", "smooth", *BOUNDED):
         args.step_size = args.num_steps = None                       # nothing reads them
-    if args.objective in ("natural", "smooth"):
-        args.ramp_epochs = 0                                         # nor this
     args.momentum = None if args.objective in BOUNDED else args.momentum
     if not phases_of(args)["finetune"]:
         parser.refuse(args, "without epochs of fine-tuning", "finetune_lr")
