@@ -19,27 +19,29 @@ A column of the matrix (filters, C k k) is a position (c, i, j) in all filters. 
 The baselines of --mode have as many epochs: post cuts the dense network at once (appendix A); scratch trains
 one of --target-width; ticket trains what the pruned network kept from the initial values of the dense one.
 
-Sources. The problem, [A] to [E] and pruning every layer alike are the paper's; [G], and that the classifier
-stays whole, are from the authors' code. The paper prints [F] as U + rho (W - Z), which does not agree with
-its (8) and (10); the code has this form. The paper's rho is 1e-3; the code multiplies it by 1.3 at each
-update and leaves U as it is (here U shrinks as rho grows), and its U keeps an autograd graph: after m updates
-the penalty pulls 1 + m times as hard as [D]. It attacks in training mode, so that every step of PGD moves
-batch norm's statistics (here fixed meanwhile). Ours: [H], rho's default, all schedules, Nesterov's momentum,
-torch's initial weights (their LeNets': Xavier's), the reading of --mode ticket, removing dead filters, and
---group-residual: only with it does a ResNet-18 pruned 16 -> 4 become as small as one of width 4. [G] keeps
-the dense network's running statistics. With our rho, digits' masks hardly move (mask_changed in the log): Z
-is the one-shot cut, faded in; results/README.md has a rho that grows. Why [H]: batch norm undoes the
-shrinking of a whole filter, so that pulling its weights alone does not prepare the cut. The authors' code
-does just that, and the batch norm's shift lives on: its pruned filters still give constants.
+Sources. The problem, [A] to [E] and pruning every layer alike are the paper's; [E]'s interval in epochs, [G],
+and that the classifier stays whole, are from the authors' code. The paper prints [F] as U + rho (W - Z),
+which does not agree with its (8) and (10); the code has this form. The paper's rho is 1e-3; the code's
+examples multiply it by 1.3 at each update and leave U as it is (here U shrinks as rho grows), and the code's
+U keeps an autograd graph: after m updates the penalty pulls 1 + m times as hard as [D]. It attacks in
+training mode, so that every step of PGD moves batch norm's statistics (here fixed meanwhile). Ours: [H],
+rho's default, all schedules, Nesterov's momentum, weight decay (theirs: 1e-4, on MNIST 1e-6), torch's initial
+weights (their MNIST LeNet's convolutions: Xavier's), the last epoch's network (theirs: the best on the test
+set), the reading of --mode ticket, removing dead filters, and --group-residual: only with it does a ResNet-18
+pruned 16 -> 4 become as small as one of width 4. [G] keeps the dense network's running statistics. With our
+rho, digits' masks hardly move (mask_changed in the log): Z is the one-shot cut, faded in; results/README.md
+has a rho that grows. Why [H]: batch norm undoes the shrinking of a whole filter, so that pulling its weights
+alone does not prepare the cut. The authors' filter scheme does just that (their bn_filter prunes the scales
+alone), and the batch norm's shift lives on: pruned filters still give constants.
 
   python admm_prune.py --dataset digits                one or two minutes of a CPU core, offline
   python admm_prune.py --arch resnet18 --target-width 4                 CIFAR-10, 16 -> 4, for a GPU
   python admm_prune.py --arch resnet18 --target-width 4 --pretrain-epochs 300 --admm-epochs 270
       --admm-interval 9 --finetune-epochs 300 --batch-size 128 --rho 1e-3
-The last has the paper's 300 epochs of pre-training, K = 30 updates and rho; the rest of its numbers is ours.
-The paper, clean / PGD-10 robust % (Table 4): ResNet-18 of width 16 82.71 / 49.31, of width 4 from scratch
-77.35 / 44.99, pruned 16 -> 4 78.85 / 47.19. Table 2, LeNet, PGD-40: width 8 98.85 / 93.51, 4 98.15 / 91.38,
-8 -> 4 98.87 / 94.27. What we measured is in results/README.md.
+The last has the paper's 300 epochs of pre-training, K = 30 updates and rho, the code's batch size and
+interval; the rest of its numbers is ours. The paper, clean / PGD-10 robust % (Table 4): ResNet-18 of width 16
+82.71 / 49.31, of width 4 from scratch 77.35 / 44.99, pruned 16 -> 4 78.85 / 47.19. Table 2, LeNet, PGD-40:
+width 8 98.85 / 93.51, 4 98.15 / 91.38, 8 -> 4 98.87 / 94.27. What we measured is in results/README.md.
 """
 import math
 import shutil
@@ -67,6 +69,8 @@ def get_args(argv=None):
     paper.add_argument("--admm-epochs", type=whole(0, 10000), help="0 is the one-shot baseline")
     paper.add_argument("--admm-interval", type=whole(1, 10000), help="epochs per ADMM iteration (default: 1)")
     paper.add_argument("--admm-lr", type=rate, help="peak learning rate (default: half of --lr)")
+    paper.add_argument("--admm-rise", type=number(0, 0.9), help="share of the ADMM steps in which the rate "
+                       "rises; 0: it only falls, and U does not wind up (default: 0.2)")
     paper.add_argument("--finetune-lr", type=rate, help="of fine-tuning (default: --lr)")
     paper.add_argument("--rho", type=number(1e-9, 1000),
                        help="default: min(1, 3 (1 - momentum) / steps) / admm_lr, steps of an interval")
@@ -88,7 +92,8 @@ def get_args(argv=None):
     if args.group_residual and (args.scheme != "filter" or args.mode in ("scratch", "ticket")):
         parser.error("argument --group-residual: is for pruning filters")
     if not phases_of(args)["admm"]:
-        parser.refuse(args, "without ADMM epochs", "rho", "rho_growth", "rho_max", "admm_lr", "admm_interval")
+        parser.refuse(args, "without ADMM epochs", "rho", "rho_growth", "rho_max", "admm_lr", "admm_rise",
+                      "admm_interval")
     if (args.rho_growth or 1) == 1:
         parser.refuse(args, "without --rho-growth", "rho_max")
     if args.mode in ("scratch", "ticket") or not phases_of(args)["finetune"]:
@@ -96,6 +101,7 @@ def get_args(argv=None):
     args.admm_lr, args.finetune_lr = args.admm_lr or args.lr / 2, args.finetune_lr or args.lr
     args.rho_growth, args.rho_max = args.rho_growth or 1.0, args.rho_max or 10.0
     args.admm_interval = args.admm_interval or 1
+    args.admm_rise = 0.2 if args.admm_rise is None else args.admm_rise
     if 0 < phases_of(args)["admm"] < args.admm_interval:
         parser.error(f"argument --admm-interval: {args.admm_interval} is more than --admm-epochs")
     return args
@@ -121,7 +127,7 @@ def first_rho(args, data):
     """[D] --rho, or what lets three time constants (1 - momentum) / (lr rho), in which W follows Z - U at the
     peak rate, fit the interval of updates; UsageFault where --rho-growth has no room below --rho-max."""
     steps = args.admm_interval * data.steps(args.batch_size)
-    rho = args.rho or min(1, 3 * (1 - args.momentum) / steps) / args.admm_lr     # larger, W would overshoot
+    rho = args.rho or min(1, 3 * (1 - args.momentum) / steps) / args.admm_lr     # lr rho far above 1 diverges
     if args.rho_growth > 1 and rho >= args.rho_max:
         raise UsageFault(f"argument --rho-growth: rho begins at {rho:.3g}; --rho-max is {args.rho_max:g}")
     return rho
@@ -302,7 +308,7 @@ def main(argv=None):
 
     # Phase 2: ADMM pulls the dense weights towards sparse ones.
     admm = ADMM(model, choose, rho, args.rho_growth, args.rho_max)
-    optimizer, schedule = make_optimizer(model, args.admm_lr, phases["admm"], data, args)
+    optimizer, schedule = make_optimizer(model, args.admm_lr, phases["admm"], data, args, rise=args.admm_rise)
     for epoch in run.epochs("admm", model=model, optimizer=optimizer, schedule=schedule, admm=admm):
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, admm.penalty)
         if (epoch + 1) % args.admm_interval == 0:

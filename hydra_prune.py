@@ -26,16 +26,17 @@ Sources. Neither text was available: the procedure is from the abstracts, [B] to
 HYDRA's code, which prunes all layers, the classifier too, and whose adversarial objective is [F]; its [J]
 ends at share 0, pure [G]. [F] is Zhang et al. 2019 (TRADES), [H], [J] Zhang et al. 2020, [I], [K] Wang et al.
 2018 (MixTrain), [L] Carmon et al. 2019, with its certificate (Cohen et al. 2019) in tools/evaluate.py. A
-survey (2409.01249) says that the first paper prunes by LWM, in steps; one of the survey's two files ranks
-all layers together. Here it is one cut of each layer. Its verifiable objective is not known. Ours: the
-default pgd, Nesterov's momentum, weight decay (theirs: 1e-4), boxes clamped to [0, 1], schedules (in [K] too
-the radius grows by steps), the best of all bounds, no weight decay on s, [D]'s epochs added to LWM's
-fine-tuning, torch's initial values of w, and --scheme filter: one score per filter, whose m multiplies its
-batch norm (fixed in [D], as w is) or, without one of its own, its weights; m is small instead of 0 in [D], so
-that gradients still pass its ReLU.
+survey (2409.01249) says that the first paper prunes by LWM, in steps; one of the survey's two files ranks all
+layers together. Here it is one cut of each layer. Its verifiable objective is not known. Ours: the default
+pgd, Nesterov's momentum, weight decay (theirs: 1e-4), boxes clamped to [0, 1], schedules (in [K] too the
+radius grows by steps), the last epoch's network (theirs: the best on the test set), the best of all bounds,
+no weight decay on s, [D]'s epochs added to LWM's fine-tuning, torch's initial values of w, and --scheme
+filter: one score per filter, whose m multiplies its batch norm (fixed in [D], as w is) or, without one of its
+own, its weights; m is small instead of 0 in [D], so that gradients still pass its ReLU.
 
   python hydra_prune.py --dataset digits               one or two minutes of a CPU core, offline
-  python hydra_prune.py --arch vgg16 --ratio 10        CIFAR-10, for a GPU; the first paper: --scores lwm
+  python hydra_prune.py --arch vgg16 --ratio 10        CIFAR-10, for a GPU; the first paper: --scores lwm;
+      this VGG-16 has one linear layer, HYDRA's three
   python hydra_prune.py --arch wrn28_4 --objective trades --pretrain-epochs 100 --prune-epochs 20
       --finetune-epochs 100 --finetune-lr 0.01 --lr 0.1 --batch-size 128 --weight-decay 1e-4    HYDRA's length
 1906.06110 (abstract): ratio 10 keeps on average 93 % of clean, 92.5 % of empirical robust, 85 % of verified

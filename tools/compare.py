@@ -43,11 +43,12 @@ OBJECTIVES = {"pgd": "", "natural": "clean images", "trades": "TRADES", "crown-i
               "mixtrain": "MixTrain", "smooth": "smoothing"}
 SCORES = {"lwm": "lowest magnitudes", "hydra": "HYDRA scores"}
 OF_SEED = {"seed", "pretrained", "ticket"}                       # flags that may differ with the seed
+ADDED = {"binary_relax": dict(finetune_lr=None), "admm_prune": dict(admm_rise=0.2)}      # older results lack
 FIRST_PHASE = {"admm_epochs", "prune_epochs", "relax_epochs"}
 UNSAID = FIRST_PHASE | {                                         # flags in words, or that follow from others
     "script", "ratio", "bits", "budget", "rank_rule", "scheme", "group_residual", "mode", "target_width",
     "scores", "objective", "method", "finetune_epochs", "admm_lr", "prune_lr", "relax_lr", "finetune_lr",
-    "step_size"}
+    "admm_rise", "step_size"}
 OF_DENSE = {                                                     # flags that shape its numbers
     "script", "dataset", "arch", "width", "mean", "std", "train_images", "pretrain_epochs", "batch_size",
     "lr", "amp", "momentum", "weight_decay", "epsilon", "step_size", "num_steps", "ramp_epochs", "objective",
@@ -109,7 +110,7 @@ def read_run(folder, base):
 def flags_of(run):
     """{flag: value as text} of all that made this run what it is, except its seed."""
     unused = OF_SEED | ({"pretrain_epochs", "ramp_epochs"} if run["args"].get("pretrained") else set())
-    args = {k: v for k, v in run["args"].items() if k not in unused}
+    args = {k: v for k, v in (ADDED.get(run["script"], {}) | run["args"]).items() if k not in unused}
     if args.get("members"):
         args["arch"] = f"En{args.pop('members')}ResNet{args.pop('depth')}"
     args |= dict(script=run["script"], loss="+".join(run["attack"]["losses"]), device=run["device"],
