@@ -29,10 +29,11 @@ rho's default, all schedules, Nesterov's momentum, weight decay (theirs: 1e-4, o
 weights (their MNIST LeNet's convolutions: Xavier's), the last epoch's network (theirs: the best on the test
 set), the reading of --mode ticket, removing dead filters, and --group-residual: only with it does a ResNet-18
 pruned 16 -> 4 become as small as one of width 4. [G] keeps the dense network's running statistics. With our
-rho, digits' masks hardly move (mask_changed in the log): Z is the one-shot cut, faded in; results/README.md
-has a rho that grows. Why [H]: batch norm undoes the shrinking of a whole filter, so that pulling its weights
-alone does not prepare the cut. The authors' filter scheme does just that (their bn_filter prunes the scales
-alone), and the batch norm's shift lives on: pruned filters still give constants.
+rho, digits' masks hardly move (mask_changed in the log): Z is the one-shot cut. While the rate rises, U winds
+up, so that what is to be pruned swings past zero before it fades; with --admm-rise 0 it only fades.
+results/README.md has that and a rho that grows. Why [H]: batch norm undoes the shrinking of a whole filter,
+so that pulling its weights alone does not prepare the cut. The authors' filter scheme does just that (their
+bn_filter prunes the scales alone), and the batch norm's shift lives on: pruned filters still give constants.
 
   python admm_prune.py --dataset digits                one or two minutes of a CPU core, offline
   python admm_prune.py --arch resnet18 --target-width 4                 CIFAR-10, 16 -> 4, for a GPU
