@@ -2463,9 +2463,12 @@ def test_compare_names_rows_as_a_person_does(finished, tmp_path, capsys, monkeyp
     for i, changed in enumerate(rows.values()):
         write_run(f"run{i}", result | dict(args=changed))
     assert labels("run*") == {*rows, "dense"} and not capsys.readouterr().err
-    for seed, more in ((0, {}), (1, dict(admm_rise=0.2))):               # the default, which older results lack
+    for seed, more in ((0, {}), (1, dict(admm_rise=0.2, amp=True))):     # the default, which older results lack
         write_run(f"aged{seed}", result | dict(args=admm | more | dict(seed=seed)), script="admm_prune")
     assert labels("aged*") == {"filters, 10x, ADMM", "dense"} and "2 seeds" in capsys.readouterr().out
+    for i, amp in enumerate((True, False)):                      # of one seed: two rows
+        write_run(f"amp{i}", result, args=dict(amp=amp))
+    assert labels("amp*") >= {"low rank, 4x, ADMM, amp=False", "low rank, 4x, ADMM, amp=True"}
     write_run("fork", result, script="mine")
     assert labels("fork") == {"mine, low rank, 4x, ADMM", "dense"}
     # Added are flags that differ and the attack's losses; all, where names are equal.

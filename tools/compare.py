@@ -48,7 +48,7 @@ FIRST_PHASE = {"admm_epochs", "prune_epochs", "relax_epochs"}
 UNSAID = FIRST_PHASE | {                                         # flags in words, or that follow from others
     "script", "ratio", "bits", "budget", "rank_rule", "scheme", "group_residual", "mode", "target_width",
     "scores", "objective", "method", "finetune_epochs", "admm_lr", "prune_lr", "relax_lr", "finetune_lr",
-    "admm_rise", "step_size"}
+    "admm_rise", "step_size", "amp"}
 OF_DENSE = {                                                     # flags that shape its numbers
     "script", "dataset", "arch", "width", "mean", "std", "train_images", "pretrain_epochs", "batch_size",
     "lr", "amp", "momentum", "weight_decay", "epsilon", "step_size", "num_steps", "ramp_epochs", "objective",
@@ -119,23 +119,31 @@ def flags_of(run):
 
 
 def same_but_seed(patterns, base):
-    """A list of rows, lists of runs that differ in the seed alone, from the finished runs among the folders.
-    Fault if there is none, or two have one seed."""
+    """A list of rows, lists of runs that differ in the seed alone, from the finished runs among the folders;
+    --amp, which depends on the machine, makes rows of its own only where a seed is there twice. Fault if
+    there is none, or two have one seed."""
     rows = {}
     for pattern in patterns:
         for folder in sorted(glob.glob(pattern, root_dir=base)) or [pattern]:
             try:
                 run = read_run(folder, base)
-                rows.setdefault(json.dumps(flags_of(run), sort_keys=True), []).append(run)
+                flags = {k: v for k, v in flags_of(run).items() if k != "amp"}
+                rows.setdefault(json.dumps(flags, sort_keys=True), []).append(run)
             except (OSError, ArithmeticError, ValueError, LookupError, TypeError, AttributeError) as fault:
                 print(f"left out: {folder} holds no readable result.json ({fault})", file=sys.stderr)
     if not rows:
         raise Fault(f"none of these folders holds a finished run: {' '.join(patterns)}")
+    def twice(runs):
+        return len({run["args"]["seed"] for run in runs}) < len(runs)
+    parts = []
     for runs in rows.values():
-        if len({run["args"]["seed"] for run in runs}) < len(runs):
+        for amp in sorted({str(run["args"].get("amp")) for run in runs}) if twice(runs) else [None]:
+            parts.append([run for run in runs if amp in (None, str(run["args"].get("amp")))])
+    for runs in parts:
+        if twice(runs):
             raise Fault("one run twice, or two of one seed, perhaps from other --pretrained files: "
                         f"{' '.join(run['folder'] for run in runs)}")
-    return list(rows.values())
+    return parts
 
 
 # ---------------------------------------------------------------- what a row is called
