@@ -145,13 +145,13 @@ def saved_for_backward(model, x):
 
 
 def limits(args, step, bfloat16, device):
-    """What the hardware allows: GFLOP/s of products of matrices (n, n), GFLOP of a training step, as it must
-    be and in naive form, how much faster the former is at those rates, bytes that a forward pass saves for
-    the backward one, and where `step` spends its time."""
+    """What the hardware allows: GFLOP/s of products of matrices (n, n) in the types used, GFLOP of a training
+    step, as it must be and in naive form, how much faster the former is at those rates, bytes that a forward
+    pass saves for the backward one, and where `step` spends its time."""
     n, rates, precision = 2048 if device == "cpu" else 16384, {}, torch.get_float32_matmul_precision()
     tf32 = device != "cpu" and torch.backends.cudnn.allow_tf32       # as in the naive step's convolutions
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    for kind in ("float32", "bfloat16"):
+    for kind in ("float32", "bfloat16")[:1 + bfloat16]:              # some CPUs take minutes for the latter
         a, b = torch.rand(2, n, n, device=device).to(getattr(torch, kind))
         rates[kind] = round(2e-9 * n**3 / min(seconds_of(lambda: a @ b, device) for _ in range(5)))
     torch.set_float32_matmul_precision(precision)
