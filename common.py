@@ -646,7 +646,7 @@ def channel_groups(model):
         beside = node.target in (torch.cat, torch.concat, torch.concatenate, torch.hstack, torch.stack)
         reader = isinstance(layer, (nn.Conv2d, nn.Linear))
         other = layer and [*layer.parameters()] and not (reader or isinstance(layer, nn.BatchNorm2d))
-        if read and (beside or other or getattr(layer, "groups", 1) > 1):
+        if getattr(layer, "groups", 1) > 1 or read and (beside or other):
             raise Fault(f"{node}: no filter can be removed that torch.cat, a layer with groups or one of "
                         "another kind with weights reads")
         if reader:
@@ -830,7 +830,7 @@ def pgd(model, x, y, epsilon, step_size, num_steps, *, loss="ce", random_start=T
         torch._assert_async(fits, message)                       # ends the process, and nothing waits for it
     elif not fits:
         raise Fault(message)
-    objective = LOSSES.get(loss, loss)
+    objective = loss if callable(loss) else LOSSES[loss]
     lower, upper = (x - epsilon).clamp_(min=0), (x + epsilon).clamp_(max=1)
     if start is None:
         noise = torch.rand(x.shape, generator=generator, device=x.device) if random_start else 0.5
@@ -1231,7 +1231,7 @@ class Run:
         self.flags = {k: v for k, v in vars(args).items() if k not in elsewhere}
         words = [self.script]                                        # of flags that tell, and of one word
         for k, v in self.flags.items():
-            if k in ("width", "seed", "ratio", "bits"):
+            if k in ("width", "seed", "ratio", "bits") and v is not None:
                 words.append(f"{k[0]}{v:g}")
             elif k in ("dataset", "arch") or re.fullmatch("[a-z-]+", str(v)):
                 words.append(Path(v).name)                           # a data set may be a path

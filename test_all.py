@@ -1750,6 +1750,8 @@ def test_a_channel_that_only_removed_filters_read_goes_too_and_one_always_stays(
     for odd in (nn.Conv2d(4, 4, 1, groups=4), side(torch.hstack), side(functools.partial(torch.cat, dim=1))):
         with pytest.raises(common.Fault, match="no filter can be removed that"):
             common.channel_groups(nn.Sequential(nn.Conv2d(1, 4, 1), odd))
+    with pytest.raises(common.Fault, match="a layer with groups"):           # the first layer too
+        common.channel_groups(nn.Sequential(nn.Conv2d(4, 4, 1, groups=4), nn.Conv2d(4, 2, 1)))
     def shaped(join):
         kind = type("Shaped", (nn.Sequential,), dict(forward=lambda self, x: self[1](join(self[0](x)))))
         return kind(nn.Conv2d(1, 4, 1), nn.Conv2d(2, 4, 1))

@@ -156,7 +156,7 @@ def method_of(run):
         return fork, "float", f"{first + last} more epochs"
     if "bits" in args:
         bits = f"{args['bits']} bit{'s' * (args['bits'] > 1)}"
-        return fork, bits, "BinaryConnect" * (args["method"] == "bc")
+        return fork, bits, "BinaryConnect" * (args.get("method") == "bc")
     if mode == "scratch":
         return fork, f"width {args['target_width']}", MODES[mode]
     if mode in ("post", "ticket") or args.get("scores") == "lwm":          # all epochs are of fine-tuning
@@ -301,7 +301,7 @@ def draw(table, path):
     for label, runs in table:
         what, far, how = method_of(runs[0]) if "folder" in runs[0] else ("dense", "", "")
         if what != "dense" and runs[0]["args"].get("bits", 32) < 32:
-            what, how = what or "fewer bits", how * (runs[0]["args"]["method"] == "bc")
+            what, how = what or "fewer bits", how * (runs[0]["args"].get("method") == "bc")
         size, speed, robust = (mean(run[k] for run in runs) for k in ("bytes", "speed", "robust_acc"))
         low, high = runs[0]["robust_ci"] if len(runs) == 1 else (
             f(run["robust_acc"] for run in runs) for f in (min, max))
