@@ -41,8 +41,9 @@ EnResNet only channels between the two convolutions of a block can be removed, a
   python binary_relax.py --depth 56 --bits 4           CIFAR-10, En1ResNet56, for a GPU
   python binary_relax.py --depth 56 --bits 4 --pretrain-epochs 0 --relax-epochs 120 --finetune-epochs 80
       --relax-lr 0.1 --finetune-lr 0.001 --batch-size 128 --epsilon 0.031 --step-size 0.007
-The last has the authors' length, attack, and rates at the start and after the switch. Their README, channel sparsity by (9) (bits not said): En1ResNet56 on CIFAR-10 33.18 %, En2ResNet56 on
-CIFAR-100 43.94 %. No accuracy of theirs is known to us. What we measured is in results/README.md.
+The last has the authors' length, attack, and rates at the start and after the switch. Their README, channel
+sparsity by (9) (bits not said): En1ResNet56 on CIFAR-10 33.18 %, En2ResNet56 on CIFAR-100 43.94 %. No
+accuracy of theirs is known to us. What we measured is in results/README.md.
 """
 import contextlib
 import math
@@ -391,8 +392,8 @@ def main(argv=None):
     save_model(run.folder / "model.pt", run.script, "compact", network, model, args, state=state, **codes)
 
     def extra_metrics(model, robust):
-        """The authors' FGSM and I-FGSM (20 steps; theirs of 1/255 at 0.031), one pass per gradient; for C&W in
-        l2, its loss in l_inf. The clean form counts too, and without noise every iterate."""
+        """The authors' FGSM and I-FGSM (20 steps; theirs of 1/255 at 0.031), one pass per gradient; for C&W
+        in l2, its loss in l_inf. The clean form counts too, and without noise every iterate."""
         attack = dict(epsilon=args.epsilon, random_start=False, anneal=False, restarts=1, seed=args.seed)
         step, eot = args.epsilon / 8, args.eot or 1
         attacks = dict(fgsm=dict(step_size=args.epsilon, num_steps=1, eot=1),

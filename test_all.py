@@ -434,7 +434,8 @@ def test_rates_of_every_phase_rise_to_their_peak_and_fall_to_zero(script, more, 
     rates = []
     monkeypatch.setattr(script, "make_optimizer", make_optimizer)
     lr = dict(zip(SCRIPTS, ("--admm-lr", "--admm-lr", "--prune-lr", "--relax-lr")))[script]
-    flags = f"--pretrain-epochs 1 --{PHASE[script]}-epochs 2 --finetune-epochs 3 --num-steps 0 {lr} 0.07 {more}"
+    flags = (f"--pretrain-epochs 1 --{PHASE[script]}-epochs 2 --finetune-epochs 3 --num-steps 0 {lr} 0.07 "
+             + more)
     tiny(tmp_path / "run", *flags.split(), script=script, evaluate=False)
     steps, peaks = ([4, 8, 12], [0.1, 0.07, 0.03]) if more else ([4, 20], [0.1, 0.07])
     assert [len(own) for own in rates] == steps
@@ -2466,7 +2467,7 @@ def test_compare_names_rows_as_a_person_does(finished, tmp_path, capsys, monkeyp
     for i, changed in enumerate(rows.values()):
         write_run(f"run{i}", result | dict(args=changed))
     assert labels("run*") == {*rows, "dense"} and not capsys.readouterr().err
-    for seed, more in ((0, {}), (1, dict(admm_rise=0.2, amp=True))):     # the default, which older results lack
+    for seed, more in ((0, {}), (1, dict(admm_rise=0.2, amp=True))):       # a default that older results lack
         write_run(f"aged{seed}", result | dict(args=admm | more | dict(seed=seed)), script="admm_prune")
     assert labels("aged*") == {"filters, 10x, ADMM", "dense"} and "2 seeds" in capsys.readouterr().out
     for i, amp in enumerate((True, False)):                      # of one seed: two rows
