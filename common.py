@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -883,10 +884,12 @@ def per_cent(correct):
 def evaluating(*models, seed=0):
     """Eval mode, no gradients, no TF32, deterministic convolutions, own random numbers; undone afterwards."""
     modes = [(m, m.training) for model in models for m in model.modules()]
-    device, precision = next(models[0].parameters()).device, torch.get_float32_matmul_precision()
+    tensors = itertools.chain(models[0].parameters(), models[0].buffers(), [torch.empty(0)])
+    device, precision = next(tensors).device, torch.get_float32_matmul_precision()
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()   # manual_seed() seeds all
     try:
-        nn.ModuleList(models).eval()
+        for module, _ in modes:                                  # torch.export's modules refuse eval()
+            module.training = False
         torch.set_float32_matmul_precision("highest")
         with torch.no_grad(), torch.random.fork_rng(gpus), torch.backends.cudnn.flags(
                 enabled=True, deterministic=True, allow_tf32=False):
@@ -1078,7 +1081,8 @@ def peak_memory():
 
 # ---------------------------------------------------------------- files
 def save_file(path, content):
-    """Writes a dict of plain values and tensors: afterwards the file is whole, or what it was before."""
+    """Writes a dict of plain values and tensors, or raises TypeError if it holds anything else: afterwards
+    the file is whole, or what it was before."""
     if rank():                                                   # rank 0 alone writes
         return
     temporary, came, before = Path(f"{path}.{os.getpid()}.tmp"), [], {}
@@ -1089,7 +1093,11 @@ def save_file(path, content):
             torch.save(dict(format=FORMAT, **content), file)
             file.flush()
             os.fsync(file.fileno())
+        torch.load(temporary, map_location="meta", weights_only=True)    # a number of NumPy fails here
         os.replace(temporary, path)
+    except pickle.UnpicklingError as fault:
+        found = re.search(r"GLOBAL ([\w.]+)|$", str(fault))[1]
+        raise TypeError(f"{path} can hold plain values and tensors, not {found}") from None
     except (OSError, RuntimeError) as fault:
         free = shutil.disk_usage(temporary.parent).free // 2**20
         raise Fault(f"{path} was not written ({first_line(fault)}); {free} MiB are free") from None
@@ -1167,10 +1175,13 @@ def read_model(path):
     script, network = artifact["script"], artifact["network"]
     if not script.isidentifier() or not (folder / f"{script}.py").is_file():
         raise Fault(f"{path} was made by a script named {script}, which is not beside common.py")
-    if str(folder) not in sys.path:                              # common.py may be imported from elsewhere
-        sys.path.append(str(folder))
     with fitting(path), torch.no_grad():
-        model = importlib.import_module(script).build(artifact).eval()
+        sys.path.insert(0, str(folder))              # whatever modules of these names lie elsewhere
+        try:
+            build = importlib.import_module(script).build
+        finally:
+            sys.path.remove(str(folder))
+        model = build(artifact).eval()
         if model(torch.zeros(1, network["channels"], *network["size"])).shape != (1, network["classes"]):
             raise ValueError("wrong number of classes")
     return artifact, model

@@ -643,6 +643,11 @@ def test_evaluate_takes_bytes_as_labels_and_refuses_what_is_no_image_label_or_nu
     model = copy.deepcopy(robust).train()
     as_bytes = common.evaluate(model, (x, y.to(torch.uint8)), **SETTINGS)
     assert as_bytes == common.evaluate(robust, images, **SETTINGS) and as_bytes["robust_acc"] < 100
+    exported = torch.export.export(copy.deepcopy(robust).eval(), (common.to_float(x[:2]),), dynamic_shapes=(
+        {0: torch.export.Dim.DYNAMIC},)).module()                # its eval() raises
+    bare = Wrapped(torch.nn.Identity(), lambda _, x: x.flatten(1)[:, 20:30])
+    assert common.evaluate(exported, images, **SETTINGS)["clean_acc"] == as_bytes["clean_acc"]
+    assert common.evaluate(bare, images, **SETTINGS)["images"] == 60
     for wrong in ((common.to_float(x), y), (x[0], y), (x, y + 1), (x, y - 1), (x, y[1:]), (x, y.float())):
         for judge in (common.evaluate, common.sanity_flags):
             with pytest.raises(common.Fault, match="uint8|10 classes"):
@@ -2112,6 +2117,9 @@ common.NETWORKS["mine"] = lambda width, channels, classes, size: nn.Sequential(
     result = json.loads((tmp_path / "there/result.json").read_text())
     shared = ("script", "clean_acc", "robust_acc", "attack")
     assert again["script"] == "mine" and all(again[k] == result[k] for k in shared)
+    (tmp_path / "elsewhere/mine.py").write_text("raise SystemExit('not this one')")
+    code = "import sys; sys.path.append('..'); import common; common.load_model('../there/model.pt')"
+    assert spawn("-c", code, cwd=tmp_path / "elsewhere").wait(60) == 0
     assert result["dense_parameters"] == 80 + 584 + 90 > result["parameters"]
     assert all(ms > 0 for pair in result["latency_ms"].values() for ms in pair.values())
 
@@ -2327,6 +2335,10 @@ def test_files_that_cannot_be_read_back_are_refused_at_once(finished, tmp_path, 
     common.save_model(tmp_path / "7.pt", "cstar", "dense", network, common.build_network(**network), args)
     ends(judges.main, [run / "model.pt", "--source", tmp_path / "7.pt"], monkeypatch, 2, "--source")
     assert not new.exists()
+    for value in (np.float64(1), np.ones(2), torch.nn.Linear(1, 1)):
+        with pytest.raises(TypeError, match="new.pt can hold plain .* not (numpy|torch)"):
+            common.save_file(tmp_path / "new.pt", dict(computed={"a": [value]}))
+    assert not [*tmp_path.glob("new*")]
 
 
 @pytest.mark.parametrize("spoil, words", [

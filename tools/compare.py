@@ -130,7 +130,8 @@ def same_but_seed(patterns, base):
                 flags = {k: v for k, v in flags_of(run).items() if k != "amp"}
                 rows.setdefault(json.dumps(flags, sort_keys=True), []).append(run)
             except (OSError, ArithmeticError, ValueError, LookupError, TypeError, AttributeError) as fault:
-                print(f"left out: {folder} holds no readable result.json ({fault})", file=sys.stderr)
+                lacks = "it lacks " * isinstance(fault, KeyError)
+                print(f"left out: {folder} holds no readable result.json ({lacks}{fault})", file=sys.stderr)
     if not rows:
         raise Fault(f"none of these folders holds a finished run: {' '.join(patterns)}")
     def twice(runs):
@@ -165,7 +166,7 @@ def method_of(run):
     what = SCHEMES.get(scheme, "low rank" if "rank_rule" in args else scheme)
     what += ", uniform ranks" * (args.get("rank_rule") == "uniform")
     what += ", grouped" * bool(args.get("group_residual"))
-    far = (f"{args['ratio']:g}x" if "ratio" in args else "") + " fewer MACs" * (args.get("budget") == "macs")
+    far = (f"{args['ratio']:g}x" if args.get("ratio") else "") + " fewer MACs" * (args.get("budget") == "macs")
     if args.get("target_width") and what == "filters":
         far = f"width {args['width']} to {args['target_width']}"
     scores = "lwm" if scores == "hydra" and not first else scores
@@ -272,7 +273,7 @@ def render(args, base):
 
 
 def name_points(axes, points, key):
-    """Writes the short name of each point beside it, at the place where it hides fewest points and names."""
+    """Writes the short name of each point beside it, inside the axes where it hides fewest others."""
     from matplotlib.transforms import Bbox
     centers = [axes.transData.transform((p[key], p["robust"])) for p in points]
     taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in centers]
@@ -288,7 +289,8 @@ def name_points(axes, points, key):
 
         def hidden(place):
             box = move(place)                                    # which is slow
-            return sum(box.overlaps(other) for other in taken)
+            outside = not axes.bbox.x0 <= box.x0 <= box.x1 <= axes.bbox.x1
+            return 9 * outside + sum(box.overlaps(other) for other in taken)
         taken.append(move(min(places, key=hidden)))
 
 
@@ -327,7 +329,7 @@ def draw(table, path):
             axes.plot(*zip(*line), color=color, linewidth=0.8)       # of no other flags
         least, most = (f(p[key] for p in points) for f in (min, max))
         if key == "bytes":
-            axes.set(xlabel=xlabel, xscale="log", xlim=(least / 1.2, most * 2.6))
+            axes.set(xlabel=xlabel, xscale="log", xlim=(least / 1.3, most * 2.6))
             axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=EngFormatter("B"),
                            minor_formatter=NullFormatter())
         else:
