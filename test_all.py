@@ -587,30 +587,24 @@ def test_sanity_flags_rise_at_their_thresholds(digits):
         assert sorted(flag.split()[0] for flag in flags) == words, flags         # gaps of 3.6 to 10 points
 
 
-def test_evaluate_of_a_random_network_is_repeatable_and_says_so(robust, digits, monkeypatch):
+def test_evaluate_of_a_random_network_is_repeatable_and_takes_the_losses_in_turn(robust, digits, monkeypatch):
     model = Wrapped(robust, lambda inner, x: inner(x + 0.1 * torch.randn_like(x)))
     images, state = [t[:40] for t in digits.test], torch.get_rng_state()
-    eots, pgd = [], common.pgd
+    found, pgd = [], common.pgd
     with monkeypatch.context() as patch:
-        patch.setattr(common, "pgd", lambda *args, **more: eots.append(more["eot"]) or pgd(*args, **more))
-        first, second = (common.evaluate(model, images, **SETTINGS, eot=2, seed=3) for _ in range(2))
-    assert eots == [2] * 8 and first["attack"]["losses"] == ["ce", "margin"]             # four restarts each
+        patch.setattr(common, "pgd", lambda *args, **more: found.append(
+            (more["loss"], more["eot"], more["anneal"])) or pgd(*args, **more))
+        first, second = (common.evaluate(model, images, **SETTINGS, eot=2, seed=3, restarts=3)
+                         for _ in range(2))
+    assert found == [("ce", 2, True), ("margin", 2, True), ("ce", 2, True)] * 2
+    assert first["attack"]["losses"] == ["ce", "margin"]
     assert first == second and first["attack"]["draws"] == 10 and torch.equal(state, torch.get_rng_state())
     still = SETTINGS | dict(epsilon=0, num_steps=1)              # no attack: both are right in the mean
     still = [common.evaluate(model, images, **still, eot=1, seed=seed) for seed in range(12)]
     gaps = [result["clean_acc"] - result["robust_acc"] for result in still]
     assert min(gaps) < 0 < max(gaps) and abs(sum(gaps)) < 12 * 0.8
-    others = [common.evaluate(model, images, **SETTINGS, eot=2, seed=seed) for seed in (4, 5, 6)]
+    others = [common.evaluate(model, images, **SETTINGS, eot=2, seed=seed, restarts=3) for seed in (4, 5, 6)]
     assert any(other["robust_acc"] != first["robust_acc"] for other in others)
-
-
-def test_evaluate_of_a_random_network_takes_the_losses_in_turn(digits, monkeypatch):
-    model, pgd, found = linear(conv_weight(10, 64).float()), common.pgd, []
-    noisy = Wrapped(model, lambda inner, x: inner(x + 0.1 * torch.randn_like(x)))
-    monkeypatch.setattr(common, "pgd", lambda *args, **more: found.append(
-        (more["loss"], more["eot"], more["anneal"])) or pgd(*args, **more))
-    common.evaluate(noisy, [t[:20] for t in digits.test], **SETTINGS | dict(num_steps=1), eot=3, restarts=3)
-    assert found == [("ce", 3, True), ("margin", 3, True), ("ce", 3, True)]
 
 
 def test_noisy_verdict_is_that_of_the_worst_restart(monkeypatch):
