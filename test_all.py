@@ -2038,7 +2038,7 @@ def test_evaluate_at_another_radius_takes_steps_in_proportion_and_calls_other_ju
     assert found[3]["transfer_acc"] <= found[3]["clean_acc"] and found[3]["smoothed"]["draws"] == 100
 
 
-def test_evaluate_passes_its_flags_on(monkeypatch):
+def test_evaluate_passes_its_flags_on_and_a_transfer_that_is_stronger_than_pgd_is_a_flag(monkeypatch):
     given = dict(evaluate=dict(robust_acc=50.0, images=9), sanity_flags=[], smoothing_curve={}, transfer=50)
     asked = {name: Mock(return_value=value) for name, value in given.items()}
     for name, mock in asked.items():
@@ -2051,14 +2051,9 @@ def test_evaluate_passes_its_flags_on(monkeypatch):
     assert {name: mock.call_args.kwargs for name, mock in asked.items()} == dict(
         evaluate=attack | dict(restarts=2, losses=["ce"]), sanity_flags=attack, transfer=attack,
         smoothing_curve=dict(sigma=0.5, count=9, draws=300, classes=10, seed=5))
-
-
-def test_a_transfer_that_is_stronger_than_pgd_is_a_flag(monkeypatch):
-    monkeypatch.setattr(judges, "evaluate", lambda *_, **more: dict(robust_acc=50.0, images=1000))
-    monkeypatch.setattr(judges, "sanity_flags", lambda *_, **more: [])
-    file = str(SHIPPED / "model.pt")
+    asked["evaluate"].return_value = dict(robust_acc=50.0, images=1000)
     for accuracy, flags in ((47.9, ["transfer is stronger than PGD"]), (48.1, []), (60.0, [])):
-        monkeypatch.setattr(judges, "transfer", lambda *_, **more: accuracy)
+        asked["transfer"].return_value, asked["sanity_flags"].return_value = accuracy, []
         found = judges.main([file, "--source", file, "--eval-images", "10", "--device", "cpu"])
         assert found["flags"] == flags and found["transfer_acc"] == accuracy
 
