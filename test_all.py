@@ -1180,13 +1180,20 @@ def test_hydra_gradients_of_scores_equal_their_formula(scheme, arch):
 
 def test_hydra_radius_grows_by_steps_and_the_pruning_phase_moves_scores_and_batch_norms_alone(
         tmp_path, monkeypatch):
-    radii, times, run = [], [], tmp_path / "run"
-    monkeypatch.setattr(hydra_prune, "pgd", lambda model, x, y, *attack: radii.append(attack[:2]) or x)
+    def attack(model, x, y, *radius_and_step):
+        radii.append(radius_and_step[:2])
+        zeros.append(int((model.layer1[0].conv1.weight == 0).sum()))
+        return x
+    radii, zeros, times, run = [], [], [], tmp_path / "run"
+    monkeypatch.setattr(hydra_prune, "pgd", attack)
     monkeypatch.setattr(common, "progress", lambda items, *said: times.append(said) or items)
     flags = "--ramp-epochs 2 --pretrain-epochs 3 --finetune-epochs 0".split()
-    assert tiny(run, *flags, script=hydra_prune, evaluate=False)["mask_changed"] > 0
+    result = tiny(run, *flags, script=hydra_prune, evaluate=False)
     strengths = [min(1, (step + 1) / 8) for step in range(20)]
     assert np.allclose(radii, [(0.2 * strength, 0.05 * strength) for strength in strengths])
+    epsilons = [line["epsilon"] for line in log_of(run) if "phase" in line]  # at each epoch's last step
+    assert epsilons == pytest.approx([0.1, 0.2, 0.2, 0.2, 0.2])
+    assert zeros == [0] * 12 + [3 * 4 * 4 * 9 // 4] * 8          # masked from the first step of pruning on
     epochs = [f"pretrain {i}/3" for i in (1, 2, 3)] + ["prune 1/2", "prune 2/2"]
     assert times == [(epoch, 4, 4 * (4 - i)) for i, epoch in enumerate(epochs)]          # to go: of all steps
     before, after = (common.load_model(run / name) for name in ("dense.pt", "model.pt"))
@@ -1194,24 +1201,9 @@ def test_hydra_radius_grows_by_steps_and_the_pruning_phase_moves_scores_and_batc
         kept = new != 0
         norm = isinstance(before.get_submodule(name.rpartition(".")[0]), nn.BatchNorm2d)
         assert torch.equal(old[kept], new[kept]) != norm, name
-
-
-def test_hydra_mask_changed_is_the_share_of_entries_and_pruning_begins_masked(tmp_path, monkeypatch):
-    def spy(model, batches, optimizer, schedule, args, scores=None, *rest, **more):
-        if scores:
-            zeros.append(int((model.layer1[0].conv1.weight == 0).sum()))
-        return train_epoch(model, batches, optimizer, schedule, args, scores, *rest, **more)
-    zeros, train_epoch = [], hydra_prune.train_epoch
-    monkeypatch.setattr(hydra_prune, "train_epoch", spy)
-    flags = "--pretrain-epochs 2 --ramp-epochs 2 --finetune-epochs 0 --num-steps 0"
-    found = tiny(tmp_path, *flags.split(), script=hydra_prune, evaluate=False)
-    before, after = (common.load_model(tmp_path / name) for name in ("dense.pt", "model.pt"))
     moved = torch.cat([((after.get_submodule(name).weight != 0) ^ hydra_prune.choose_mask(
         layer.weight, 4)).flatten() for name, layer in hydra_prune.prunable(before, "irregular").items()])
-    assert found["mask_changed"] == pytest.approx(100 * moved.double().mean().item()) and moved.any()
-    assert zeros == [3 * 4 * 4 * 9 // 4] * 2
-    epsilons = [line["epsilon"] for line in log_of(tmp_path) if "phase" in line]     # at each's last step
-    assert epsilons == pytest.approx([0.1, 0.2, 0.2, 0.2])
+    assert result["mask_changed"] == pytest.approx(100 * moved.double().mean().item()) and moved.any()
 
 
 @pytest.mark.parametrize("script, one, other, phases", [
