@@ -1085,7 +1085,7 @@ def save_file(path, content):
     the file is whole, or what it was before."""
     if rank():                                                   # rank 0 alone writes
         return
-    temporary, came, before = Path(f"{path}.{os.getpid()}.tmp"), [], {}
+    temporary, came, before = Path(f"{path}.tmp"), [], {}
     with contextlib.suppress(ValueError):    # torch.save can lose signals: delayed, in the main thread only
         before = {s: signal.signal(s, lambda s, _: came.append(s)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -1318,8 +1318,6 @@ class Run:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UsageFault(f"argument --output: another process is running in {self.folder}") from None
-        for stale in (*self.folder.glob("*.pt.*.tmp"), *self.folder.glob("result.json.tmp")):  # of dead runs
-            stale.unlink()
         file.truncate(min(self.saved["log_size"], file.tell()) if self.saved else 0)
         return file
 
