@@ -7,7 +7,7 @@ networks, training, the attack (pgd), evaluation (evaluate, sanity_flags), files
 import argparse
 import contextlib
 import functools
-import importlib.util
+import importlib
 import itertools
 import json
 import math
@@ -429,8 +429,6 @@ def load_data(args):
 
 def read_torchvision(name, root, download):
     """A known set as torchvision lays it out, fetched if absent; without `download` None if incomplete."""
-    if download and name == "svhn" and not importlib.util.find_spec("scipy"):
-        raise Fault("svhn is of Matlab files, which torchvision reads by scipy: pip install scipy")
     try:                            # RuntimeError, not ImportError, when torch and torchvision do not match
         import torchvision.datasets
         read = functools.partial(getattr(torchvision.datasets, TORCHVISION[name][0]), str(root))

@@ -189,7 +189,6 @@ def test_data_of_torchvision_are_their_pixels_and_splits(tmp_path, monkeypatch, 
             "labels" if name == "SVHN" else "targets": [i % 10 for i in range(count)]})
     made = []
     monkeypatch.setattr(pytest.importorskip("torchvision.datasets"), name, read)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)                  # scipy, for SVHN
     data = common.load_data(cstar.get_args([f"--dataset={name.lower()}", f"--data-dir={tmp_path}",
                                             "--device=cpu", "--eval-images=0"]))
     for (x, y), pixels in zip((data.train, data.test), made):
@@ -257,9 +256,6 @@ def test_data_class_folders_are_their_pixels_whatever_lies_beside_them(tmp_path,
         assert torch.equal(first.train[0], again.train[0]) and torch.equal(first.test[1], again.test[1])
     monkeypatch.setattr(common, "PHOTO", 8)                      # networks for photos want colour
     assert common.load_data(args).train[0].shape == (12, 3, 8, 9)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    svhn = ["--dataset=svhn", f"--data-dir={tmp_path}", "--device=cpu"]
-    ends(cstar.main, svhn, monkeypatch, 1, "pip install scipy")
 
 
 # ---------------------------------------------------------------- networks
