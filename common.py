@@ -393,18 +393,18 @@ def balanced(labels, count=None):
 
 
 def load_data(args):
-    """The flags' data set, as Data on args.device: from args.data_dir, as torchvision lays it out or in class
-    folders NAME/{train,test}/<class>/* ({train,val}: photos), else downloaded; digits: from data/."""
+    """The flags' data set, as Data on args.device: from args.data_dir, in class folders
+    NAME/{train,test}/<class>/* ({train,val}: photos) or else as torchvision lays it out, or downloaded;
+    digits: from data/."""
     name, root = args.dataset, Path(args.data_dir)
     if name == "digits":
         with np.load(Path(__file__).parent / "data" / "digits.npz") as stored:       # grey levels 0 to 16
             x, y = np.rint(stored["images"][:, None] * (255 / 16)).astype(np.uint8), stored["labels"]
         train, test, classes = (x[:-360], y[:-360]), (x[-360:], y[-360:]), [str(d) for d in range(10)]
-    elif (root / name / "train").is_dir():                       # a failed download must not hide it
-        found = name in TORCHVISION and read_torchvision(name, root, download=False)
-        train, test, classes = found or read_folders(root / name, args.workers, name not in TORCHVISION)
+    elif (root / name / "train").is_dir():
+        train, test, classes = read_folders(root / name, args.workers, name not in TORCHVISION)
     elif name in TORCHVISION:
-        train, test, classes = by_rank_0(lambda: read_torchvision(name, root, download=True))
+        train, test, classes = by_rank_0(lambda: read_torchvision(name, root))
     else:
         raise UsageFault(f"argument --dataset: there is no folder {root / name / 'train'} of class folders")
     default = min(max(1000, len(classes)), len(test[1])) if args.device == "cpu" else 0
@@ -427,15 +427,13 @@ def load_data(args):
     return Data(*pairs, classes, **AUGMENTATION.get(name, {}))
 
 
-def read_torchvision(name, root, download):
-    """A known set as torchvision lays it out, fetched if absent; without `download` None if incomplete."""
+def read_torchvision(name, root):
+    """A known set as torchvision lays it out, downloaded if absent."""
     try:                            # RuntimeError, not ImportError, when torch and torchvision do not match
         import torchvision.datasets
         read = functools.partial(getattr(torchvision.datasets, TORCHVISION[name][0]), str(root))
-        splits = [read(s if name == "svhn" else s == "train", download=download) for s in ("train", "test")]
+        splits = [read(s if name == "svhn" else s == "train", download=True) for s in ("train", "test")]
     except Exception as fault:                                   # unpickling can raise anything
-        if not download:
-            return None
         raise Fault(f"{name} is neither in {root / TORCHVISION[name][1]} nor in {root / name}/train/<class>, "
                     f"nor got by torchvision ({first_line(fault)}); --dataset digits needs none") from None
     pairs = [(np.asarray(s.data), np.asarray(s.labels if name == "svhn" else s.targets)) for s in splits]
