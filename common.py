@@ -217,7 +217,6 @@ def cli(main):
     if dist.is_torchelastic_launched():
         join()                                                       # first: it blocks signal handlers
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))    # None: `2>&-`
     if hasattr(sys.stdout, "reconfigure"):                           # a path may hold unprintable characters
         sys.stdout.reconfigure(errors="backslashreplace")            # as stderr has it
     status = message = None
