@@ -689,12 +689,13 @@ def resize_(model, state):
         weight = state.get(f"{name}.weight")
         if weight is None or weight.shape == m.weight.shape:
             continue
-        s, *c = weight.shape
         if isinstance(m, nn.Conv2d):
-            new = nn.Conv2d(c[0], s, m.kernel_size, m.stride, m.padding, m.dilation, bias=m.bias is not None,
-                            padding_mode=m.padding_mode)
+            new = nn.Conv2d(weight.shape[1], len(weight), m.kernel_size, m.stride, m.padding, m.dilation,
+                            bias=m.bias is not None, padding_mode=m.padding_mode)
+        elif isinstance(m, nn.Linear):
+            new = nn.Linear(weight.shape[1], len(weight), m.bias is not None)
         else:
-            new = nn.Linear(c[0], s, m.bias is not None) if c else nn.BatchNorm2d(s, m.eps, m.momentum)
+            new = nn.BatchNorm2d(len(weight), m.eps, m.momentum)
         model.set_submodule(name, new.to(m.weight).train(m.training))
     model.load_state_dict(state)
     return model
@@ -941,7 +942,7 @@ def first_broken_iterate(model, images, generator, *, epsilon, step_size, num_st
     num_steps the last iterate, num_steps + 1 none. Broken images are not attacked again, but their noise is
     drawn, so that a restart does not depend on those before it: more of them can only break more images."""
     out = torch.full_like(images[1], num_steps + 1)
-    for r, loss in zip(range(restarts), itertools.cycle(losses)):
+    for r, loss in enumerate(itertools.islice(itertools.cycle(losses), restarts)):
         for i, (x, y, first) in enumerate(batched(*images, out, label=f"attack {r + 1}/{restarts}")):
             noise = 2 * torch.rand(x.shape, generator=generator, device=x.device) - 1   # drawn for all images
             if i % world() != rank():                            # another process's share
@@ -972,7 +973,7 @@ def noisy_verdicts(model, images, generator, *, restarts, losses, **attack):
             continue
         x, y, least = x[attacked], y[attacked], out[attacked]
         worst = x.clone()
-        for _, loss in zip(range(restarts), itertools.cycle(losses)):
+        for loss in itertools.islice(itertools.cycle(losses), restarts):
             x_adv = pgd(model, x, y, loss=loss, generator=generator, **attack)
             found = fraction_correct(model, x_adv, y, 10)
             worst[found < least] = x_adv[found < least]
