@@ -255,10 +255,11 @@ def cli(main):
 
 
 # ---------------------------------------------------------------- several processes, under torchrun
-# All do the same with the same random numbers, except batch shares, training noise and rank 0's files.
+# All do the same with the same random numbers; each has its own share of a batch and its own noise in
+# training, and rank 0 alone writes files.
 @functools.cache
 def join():
-    """Connects the processes that torchrun started; returns the store in which they met."""
+    """Connects the processes that torchrun started; returns their common key-value store."""
     store, number, count = next(dist.rendezvous("env://"))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store,
                             rank=number, world_size=count, timeout=timedelta(days=1))     # for rank 0's work
@@ -308,12 +309,12 @@ AUGMENTATION = {"svhn": dict(crop=4), "cifar10": dict(crop=4, flip=True), "cifar
 
 class Data:
     """Training and test set, each (uint8 images (N, C, H, W), labels (N,)) on the device, and class names.
-    Training batches are cropped (after zero padding by `crop`) and flipped there; Photos arrive that way."""
+    Training batches are cropped (after zero padding by `crop`) and flipped there; Photos does that itself."""
     def __init__(self, train, test, classes, crop=0, flip=False):
         self.train, self.test, self.classes, self.crop, self.flip = train, test, classes, crop, flip
 
     def steps(self, batch_size):
-        """Batches in an epoch, all full (or one of all images); left-over images sit that epoch out."""
+        """Batches in an epoch, all full (or one of all images); the epoch leaves out the images beyond."""
         return max(1, len(self.train[1]) // batch_size)
 
     def batches(self, batch_size, generator):
@@ -453,7 +454,7 @@ def read_folders(root, workers, photos):
         odd = sorted(set(names[0]) ^ set(names[-1]))
         if odd or len(names[0]) < 2:
             raise Fault(f"{split} has {len(names[-1])} class folders; wanted: two or more, those of train "
-                        f"(differing: {', '.join(odd[:5]) or 'none'}{', ...' if len(odd) > 5 else ''})")
+                        f"(differing: {', '.join(odd[:5]) or 'none'})")
         files = [[os.fsencode(f"{split / name}/{e}") for e in entries(split / name)] for name in names[0]]
         if [] in files:
             raise Fault(f"{split / names[0][files.index([])]} holds no images")
@@ -604,7 +605,7 @@ def build_network(arch, width, channels, classes, size, mean=None, std=None):
 
 
 def normalised(model, mean, std):
-    """The model, from now on fed (x - mean) / std unless mean is None; its state dict does not change."""
+    """The model, which from now on gets (x - mean) / std, if mean is given; its state dict stays the same."""
     if mean:
         for name, values in dict(mean=mean, std=std).items():
             model.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
@@ -625,11 +626,12 @@ def network_of(args, data):
 
 # ---------------------------------------------------------------- smaller networks
 def channel_groups(model):
-    """Channels to remove together, by the network's graph: [(writers, norms, readers)], names of layers. A
-    group is the sum of its writers' outputs, {layer: batch norm on it alone, or None}; norms are batch norms
-    on the sum; readers take it as input, linear ones as several features a channel. Logits are no group.
-    Activations must map 0 to 0, as ReLU does; Fault where a channel is not all that one filter gives, or is
-    read by other layers with weights than these."""
+    """Channels that can only be removed together, from the network's graph: [(writers, norms, readers)],
+    names of layers. writers, whose outputs are added up: {layer: the batch norm on its output alone, or
+    None}; norms: the batch norms on the sum; readers: the convolutions and linear layers that get the sum,
+    the latter perhaps as several features a channel. Logits are no group. Activations must map 0 to 0, as
+    ReLU does. Fault where a channel is not what one filter gives, or where another layer with weights
+    reads it."""
     groups, group_of, modules = {}, {}, dict(model.named_modules())                  # group_of: {node: key}
     try:
         nodes = torch.fx.Tracer().trace(model).nodes
@@ -799,7 +801,7 @@ LOSSES = {"ce": lambda logits, y: F.cross_entropy(logits, y, reduction="none"), 
 
 @contextlib.contextmanager
 def frozen(model):
-    """Within it weights get no gradient, which torch.compile would compute; statistics are restored."""
+    """Inside, weights get no gradients (torch.compile would do it); afterwards buffers are restored."""
     buffers = [(b, b.clone()) for b in model.buffers()] if any(m.training for m in model.modules()) else []
     weights = [p.requires_grad_(False) for p in model.parameters() if p.requires_grad]
     try:
@@ -929,7 +931,7 @@ def checked(model, images):
 
 
 def batched(images, labels, *more, label="evaluation"):
-    """Yields (x float, y, ...) in batches; whatever follows y are views that may be written to."""
+    """Yields (x float, y, parts of `more`) in batches; what is written into a part changes the whole."""
     size = min(250, max(1, 2**22 // math.prod(images.shape[1:])))        # of photos fewer: they fill memory
     batches = list(zip(images.split(size), labels.split(size), *(m.split(size) for m in more)))
     for x, *rest in progress(batches, label, len(batches)):
@@ -1069,7 +1071,7 @@ def latency(models, network, batch_size, device):
 
 
 def peak_memory():
-    """Bytes of main memory that this process held at most; None where the system does not tell."""
+    """The most bytes of main memory that this process held; None where the system does not tell."""
     with contextlib.suppress(ImportError):
         import resource
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -1226,9 +1228,10 @@ def load_pretrained(model, path, network):
 # ---------------------------------------------------------------- the run
 class Run:
     """One run's output folder: its log, its checkpoint and its result. phases: {name: epochs}, in order.
-    epochs() and compute_once() resume one: `saved` is last.pt until its phase is reached, then None. Until
-    then main passes through with networks that are not loaded yet: what lies between phases must come from
-    compute_once(), or stand under `if not run.saved`."""
+    A continued run goes through main again: epochs() gives nothing for the phases that are over, then loads
+    the checkpoint, `saved`, in the phase where the run stopped. Before that the networks in main are not
+    those of the run: what main does between phases must come from compute_once(), which remembers it, or
+    stand under `if not run.saved`."""
     active = result = saved = phase = None                       # active: the run that this process is in
     where = ""                                                   # for messages: "pretrain 3/15: "
 
