@@ -407,24 +407,30 @@ def load_data(args):
         train, test, classes = by_rank_0(lambda: read_torchvision(name, root))
     else:
         raise UsageFault(f"argument --dataset: there is no folder {root / name / 'train'} of class folders")
-    default = min(max(1000, len(classes)), len(test[1])) if args.device == "cpu" else 0
-    counts, pairs = (args.train_images, default if args.eval_images is None else args.eval_images), []
-    for (images, labels), flag, count in zip((train, test), ("--train-images", "--eval-images"), counts):
-        least = max(len(classes), 2 * world()) if flag == "--train-images" else len(classes)
-        if count and not least <= count <= len(labels):
-            raise UsageFault(f"argument {flag}: {count} is not from {least} to {len(labels)} (all)")
-        if 0 < count < len(labels):
-            chosen = balanced(labels, count)
-            images, labels = images[chosen], labels[chosen]
-        photos = Photos(images, args.workers) if images.dtype.kind == "S" else None          # names of files
-        images = photos or torch.from_numpy(images).to(args.device)
-        if photos and flag == "--eval-images":
-            images = torch.empty(photos.shape, dtype=torch.uint8, device=args.device)
-            parts = torch.arange(len(labels)).split(50)
-            for part, x in progress(zip(parts, photos.load(parts, args.device)), "decoding", len(parts)):
-                images[part] = x
-        pairs.append((images, torch.from_numpy(labels.astype(np.int64)).to(args.device)))
-    return Data(*pairs, classes, **AUGMENTATION.get(name, {}))
+    eval_images = args.eval_images
+    if eval_images is None:
+        eval_images = min(max(1000, len(classes)), len(test[1])) if args.device == "cpu" else 0
+    train = subset(*train, args, "--train-images", args.train_images, max(len(classes), 2 * world()))
+    test = subset(*test, args, "--eval-images", eval_images, len(classes))
+    if isinstance(test[0], Photos):                              # decoded once: attacks come back to them
+        images = torch.empty(test[0].shape, dtype=torch.uint8, device=args.device)
+        parts = torch.arange(len(images)).split(50)
+        for part, x in progress(zip(parts, test[0].load(parts, args.device)), "decoding", len(parts)):
+            images[part] = x
+        test = images, test[1]
+    return Data(train, test, classes, **AUGMENTATION.get(name, {}))
+
+
+def subset(images, labels, args, flag, count, least):
+    """`count` balanced images, as many as `flag` says, or for 0 all; tensors on the device, or Photos."""
+    if count and not least <= count <= len(labels):
+        raise UsageFault(f"argument {flag}: {count} is not from {least} to {len(labels)} (all)")
+    if 0 < count < len(labels):
+        chosen = balanced(labels, count)
+        images, labels = images[chosen], labels[chosen]
+    is_files = images.dtype.kind == "S"                          # names of photos, as bytes
+    images = Photos(images, args.workers) if is_files else torch.from_numpy(images).to(args.device)
+    return images, torch.from_numpy(labels.astype(np.int64)).to(args.device)
 
 
 def read_torchvision(name, root):
