@@ -1016,14 +1016,14 @@ def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=4, losses
 def sanity_flags(model, images, *, epsilon, step_size, num_steps, anneal=True, eot=10, seed=0):
     """Reasons to doubt a robust accuracy (after Carlini et al. 2019, Athalye et al. 2018), as sentences, from
     the first 250 images or, for a random network, 100; that it is random is then the first sentence."""
-    def robust(**attack):
-        if noisy:
-            return evaluate(model, images, restarts=1, eot=eot, seed=seed, **attack)["robust_acc"]
-        first = first_broken_iterate(model, images, generator.manual_seed(seed), **attack)
-        return per_cent(first > attack["num_steps"])
     with evaluating(model, seed=seed) as generator:
         images, noisy = checked(model, images), is_random(model, images[0])
         images = [t[:100 if noisy else 250] for t in images]
+        def robust(**attack):
+            if noisy:
+                return evaluate(model, images, restarts=1, eot=eot, seed=seed, **attack)["robust_acc"]
+            first = first_broken_iterate(model, images, generator.manual_seed(seed), **attack)
+            return per_cent(first > attack["num_steps"])
         slack, zero, right = max(2, 300 / len(images[1])), [], []    # slack: 2 % or 3 images
         logits = torch.cat([logits_of(model, x) for x, _ in batched(*images)])
         alone = torch.cat([logits_of(model, to_float(image[None])) for image in images[0][:32]])
