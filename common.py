@@ -68,6 +68,7 @@ class UsageFault(Fault):
 
 
 def first_line(fault):
+    """The message's first line, or the error's type; without the position in a C++ file that torch prints."""
     text = str(fault).strip().replace(":\n\t", ": ", 1)           # load_state_dict says what in the second
     return re.sub(r"^.*\.cpp:\d+, ", "", text.partition("\n")[0])[:300] or type(fault).__name__
 
@@ -233,7 +234,7 @@ def cli(main):
     except (Fault, OSError) as fault:
         status, message = getattr(fault, "status", 1), f"{Run.active.where if Run.active else ''}{fault}"
     except (KeyboardInterrupt, SystemExit) as stop:
-        status = getattr(stop, "code", 130)
+        status = getattr(stop, "code", 130)                          # 130: Ctrl-C
         if status in (130, 143):
             command = shlex.join([*LAUNCHER, *(a for a in sys.argv if a != "--resume"), "--resume"])
             more = f"; the last finished epoch is kept. To continue: {command}" if Run.active else ""
@@ -386,10 +387,10 @@ def augment(x, crop, flip, generator):
 
 def balanced(labels, count=None):
     """Indices (count,) of the first images of each class in turn, so that every prefix is balanced too."""
-    place = np.empty(len(labels), int)
+    turn = np.empty(len(labels), int)                            # 0 for the first image of its class, ...
     for label in np.unique(labels):
-        place[labels == label] = np.arange((labels == label).sum())
-    return np.lexsort((labels, place))[:count]
+        turn[labels == label] = np.arange((labels == label).sum())
+    return np.lexsort((labels, turn))[:count]                    # by turn, then by label
 
 
 def load_data(args):
@@ -1245,7 +1246,7 @@ class Run:
         self.args, self.data, self.script, self.phases = args, data, Path(script).stem, phases
         elsewhere = ("output", "resume", "data_dir", "workers", "device")     # may differ when continued
         self.flags = {k: v for k, v in vars(args).items() if k not in elsewhere}
-        words = [self.script]                                        # of flags that tell, and of one word
+        words = [self.script]                                    # then sizes, and flags whose value is a word
         for k, v in self.flags.items():
             if k in ("width", "seed", "ratio", "bits") and v is not None:
                 words.append(f"{k[0]}{v:g}")
