@@ -2527,18 +2527,14 @@ def test_every_label_of_a_docstring_stands_in_the_code_and_each_script_ships_a_n
     assert script.__name__ in [json.loads(path.read_text())["script"] for path in shipped]
 
 
-def commands_of(name):
-    text = (HERE / name).read_text()
-    blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
-    lines = [re.split(" #| > ", line)[0].strip() for block in blocks for line in block.splitlines()]
-    return [part.strip() for line in lines for part in line.split("&&") if part.strip().startswith("python ")]
-
-
 def test_readme_is_short_its_commands_parse_and_its_snippet_classifies_an_image(capsys, monkeypatch, digits):
     """It begins with what CI runs; its tables, and those of the results, have at most 8 columns."""
     monkeypatch.chdir(HERE)
     for name in ("README.md", "results/README.md"):
-        text, commands = Path(name).read_text(), commands_of(name)
+        text = Path(name).read_text()
+        blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
+        lines = [re.split(" #| > ", line)[0] for block in blocks for line in block.splitlines()]
+        commands = [part for line in lines for part in line.split("&&") if part.strip().startswith("python ")]
         assert len(commands) >= 4 and "common.py " not in text
         for _, script, *argv in map(shlex.split, commands):
             if script != "-m":
