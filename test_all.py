@@ -943,26 +943,6 @@ def test_admm_penalty_updates_and_residual_are_their_formulas(more, rhos):
         layer.weight.data += 0.1 * conv_weight(5, 4, 3, 3, seed=seed)
 
 
-@pytest.mark.parametrize("optimizer", [
-    lambda p: torch.optim.SGD(p, 0.1, 0.9, weight_decay=0.1, nesterov=True),
-    lambda p: torch.optim.Adam(p, 0.1, weight_decay=0.1)])
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_admm_zeros_survive_every_optimizer_also_a_used_one(optimizer, scheme):
-    model, batch = resnet().train(), (torch.rand(16, 1, 8, 8), torch.arange(16) % 10)
-    used, args = optimizer(model.parameters()), digits_args(cstar, "--num-steps 1")
-    schedule = torch.optim.lr_scheduler.ConstantLR(used)
-    weights = {name: layer.weight for name, layer in admm_prune.prunable(model).items()}
-    masks = common.parameter_masks(model, admm_prune.choose_masks(weights, scheme, 3), scheme == "filter")
-    assert (set(masks) - {f"{n}.weight" for n in weights} != set()) == (scheme == "filter")
-    admm_prune.train_epoch(model, [batch], used, schedule, args)                         # momentum everywhere
-    common.apply_masks_(model, masks)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    admm_prune.train_epoch(model, [batch] * 3, used, schedule, args, masks=masks)
-    for name, p in model.named_parameters():
-        mask = masks.get(name, torch.ones_like(p, dtype=torch.bool))
-        assert (p[~mask] == 0).all() and not torch.equal(p[mask], before[name][mask])
-
-
 @pytest.mark.parametrize("script, scheme, objective", [
     *((admm_prune, scheme, "") for scheme in SCHEMES),
     *((hydra_prune, "irregular", objective) for objective in hydra_prune.OBJECTIVES),
