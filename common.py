@@ -218,8 +218,6 @@ def cli(main):
     if dist.is_torchelastic_launched():
         join()                                                       # first: it blocks signal handlers
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    if hasattr(sys.stdout, "reconfigure"):                           # a path may hold unprintable characters
-        sys.stdout.reconfigure(errors="backslashreplace")            # as stderr has it
     status = message = None
     try:
         try:
