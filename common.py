@@ -230,15 +230,17 @@ def cli(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except (Fault, OSError) as fault:
-        status, message = getattr(fault, "status", 1), f"{Run.active.where if Run.active else ''}{fault}"
+        status, where = getattr(fault, "status", 1), Run.active.where if Run.active else ""
+        message = f"{where}{fault}"
     except (KeyboardInterrupt, SystemExit) as stop:
         status = getattr(stop, "code", 130)                          # 130: Ctrl-C
         if status in (130, 143):
-            command = shlex.join([*LAUNCHER, *(a for a in sys.argv if a != "--resume"), "--resume"])
-            more = f"; the last finished epoch is kept. To continue: {command}" if Run.active else ""
-            message = f"stopped{more}"
+            message = "stopped"
+            if Run.active:
+                command = shlex.join([*LAUNCHER, *(a for a in sys.argv if a != "--resume"), "--resume"])
+                message += f"; the last finished epoch is kept. To continue: {command}"
     except Exception as fault:
-        status, words = 1, "of mem|ate mem|ALLOC_F|find an engine|worker .*(Killed|Bus)"
+        status, words = 1, "out of memory|allocate memory|ALLOC_FAILED|find an engine|worker .*(Killed|Bus)"
         if isinstance(fault, MemoryError) or isinstance(fault, RuntimeError) and re.search(words, str(fault)):
             message = "out of memory; smaller --batch-size, --width, --eval-images, --workers may help"
         elif dist.is_initialized():                                  # a bug: printed, then ended as below
