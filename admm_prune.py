@@ -92,18 +92,19 @@ def get_args(argv=None):
         parser.error("argument --ticket: a ticket.pt goes with --mode ticket, and with no other")
     if args.group_residual and (args.scheme != "filter" or args.mode in ("scratch", "ticket")):
         parser.error("argument --group-residual: is for pruning filters")
-    if not phases_of(args)["admm"]:
+    phases = phases_of(args)
+    if not phases["admm"]:
         parser.refuse(args, "without ADMM epochs", "rho", "rho_growth", "rho_max", "admm_lr", "admm_rise",
                       "admm_interval")
     if (args.rho_growth or 1) == 1:
         parser.refuse(args, "without --rho-growth", "rho_max")
-    if args.mode in ("scratch", "ticket") or not phases_of(args)["finetune"]:
+    if args.mode in ("scratch", "ticket") or not phases["finetune"]:
         parser.refuse(args, f"in --mode {args.mode} with these epochs", "finetune_lr")
     args.admm_lr, args.finetune_lr = args.admm_lr or args.lr / 2, args.finetune_lr or args.lr
     args.rho_growth, args.rho_max = args.rho_growth or 1.0, args.rho_max or 10.0
     args.admm_interval = args.admm_interval or 1
     args.admm_rise = 0.2 if args.admm_rise is None else args.admm_rise
-    if 0 < phases_of(args)["admm"] < args.admm_interval:
+    if 0 < phases["admm"] < args.admm_interval:
         parser.error(f"argument --admm-interval: {args.admm_interval} is more than --admm-epochs")
     return args
 

@@ -113,9 +113,10 @@ def get_args(argv=None):
     if args.objective in ("natural", "smooth", *BOUNDED):
         args.step_size = args.num_steps = None                       # nothing reads them
     args.momentum = None if args.objective in BOUNDED else args.momentum
-    if not phases_of(args)["finetune"]:
+    phases = phases_of(args)
+    if not phases["finetune"]:
         parser.refuse(args, "without epochs of fine-tuning", "finetune_lr")
-    if not phases_of(args)["prune"]:
+    if not phases["prune"]:
         parser.refuse(args, "without epochs of training scores", "prune_lr")
     args.prune_lr, args.finetune_lr = args.prune_lr or args.lr, args.finetune_lr or args.lr
     return args
