@@ -1460,7 +1460,7 @@ def test_hydra_weight_of_mixtrain_grows_at_the_full_radius_and_scores_have_no_de
     assert weights == pytest.approx([0.1, 0.1, 0.1, 0.25, 0.625, 0.1 * 2.5**6, 50, 50])
 
 
-def test_smoothing_radius_is_below_the_true_distance_and_its_curve_falls(robust, digits):
+def test_smoothing_radius_is_below_the_true_distance():
     def certify(draws):
         generator = torch.Generator().manual_seed(0)
         return judges.certify(model, image, generator, sigma=0.25, draws=draws, classes=2)
@@ -1476,18 +1476,16 @@ def test_smoothing_radius_is_below_the_true_distance_and_its_curve_falls(robust,
     for x, wanted in ((-0.1, (None, 0.0)), (9.0, (1, 0.25 * NormalDist().inv_cdf(0.001 ** (1 / 2000))))):
         image[0, 0, 0] = x                                       # on the plane: it must abstain; far from it
         assert certify(2000) == (wanted[0], pytest.approx(wanted[1]))
-    found = judges.smoothing_curve(robust, digits.test, sigma=0.25, count=20, draws=200)
-    curve = list(found["curve"].values())
-    assert curve == sorted(curve, reverse=True) and found["images"] == 20 and len(curve) > 3
-    assert curve[0] <= 100 - 100 * found["abstained"] / 20       # what abstains counts as wrong
 
 
-def test_smoothing_counts_a_certified_wrong_class_as_wrong():
-    model, images = linear(torch.zeros(3, 4)), torch.zeros(4, 1, 2, 2, dtype=torch.uint8)
-    model[1].bias.data = torch.tensor([0.0, 9.0, 0.0])           # class 1, whatever the noise
-    images = images, torch.tensor([1, 1, 0, 1])
-    found = judges.smoothing_curve(model, images, sigma=0.25, draws=100, classes=3)
-    assert set(found["curve"].values()) == {75.0} and found["abstained"] == 0 and len(found["curve"]) > 3
+def test_smoothing_curve_falls_and_counts_a_wrong_class_and_what_abstains_as_wrong():
+    """Class 1 where the pixel is above one half: images at distances 0, 0.2, 0.5, and 0.5 of class 0."""
+    model, x = linear(torch.tensor([[0.0], [1.0]])), torch.tensor([128, 179, 255, 255, 0], dtype=torch.uint8)
+    model[1].bias.data, y = torch.tensor([0.5, 0.0]), torch.tensor([1, 1, 1, 0, 1])
+    found = judges.smoothing_curve(model, (x.view(5, 1, 1, 1), y), sigma=0.25, count=4, draws=1000, classes=2)
+    assert (found["abstained"], found["images"]) == (1, 4)       # the last one was not asked for
+    curve = list(found["curve"].values())                        # at 0, 0.05, ..., about 0.45
+    assert curve[:5] == [50.0] * 4 + [25.0] and {*curve[5:]} == {25.0} and 9 <= len(curve) <= 11
 
 
 # ---------------------------------------------------------------- Binary-Relax
