@@ -808,7 +808,7 @@ LOSSES = {"ce": lambda logits, y: F.cross_entropy(logits, y, reduction="none"), 
 
 @contextlib.contextmanager
 def frozen(model):
-    """Inside, weights get no gradients (torch.compile would do it); afterwards buffers are restored."""
+    """Inside, weights need no gradient (torch.compile would compute it); afterwards buffers are restored."""
     buffers = [(b, b.clone()) for b in model.buffers()] if any(m.training for m in model.modules()) else []
     weights = [p.requires_grad_(False) for p in model.parameters() if p.requires_grad]
     try:
