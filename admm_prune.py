@@ -19,21 +19,24 @@ A column of the matrix (filters, C k k) is a position (c, i, j) in all filters. 
 The baselines of --mode have as many epochs: post cuts the dense network at once (appendix A); scratch trains
 one of --target-width; ticket trains what the pruned network kept from the initial values of the dense one.
 
-Sources. The problem, [A] to [E] and pruning every layer alike are the paper's; [E]'s interval in epochs, [G],
-and that the classifier stays whole, are from the authors' code. The paper prints [F] as U + rho (W - Z),
-which does not agree with its (8) and (10); the code has this form. The paper's rho is 1e-3; the code's
-examples multiply it by 1.3 at each update and leave U as it is (here U shrinks as rho grows), and the code's
-U keeps an autograd graph: after m updates the penalty pulls 1 + m times as hard as [D]. It attacks in
-training mode, so that every step of PGD moves batch norm's statistics (here fixed meanwhile). Ours: [H],
-rho's default, all schedules, Nesterov's momentum, weight decay (theirs: 1e-4, on MNIST 1e-6), torch's initial
-weights (their MNIST LeNet's convolutions: Xavier's), the last epoch's network (theirs: the best on the test
-set), the reading of --mode ticket, removing dead filters, and --group-residual: only with it does a ResNet-18
-pruned 16 -> 4 become as small as one of width 4. [G] keeps the dense network's running statistics. With our
-rho, digits' masks hardly move (mask_changed in the log): Z is the one-shot cut. While the rate rises, U winds
-up, so that what is to be pruned swings past zero before it fades; with --admm-rise 0 it only fades.
-results/README.md has that and a rho that grows. Why [H]: batch norm undoes the shrinking of a whole filter,
-so that pulling its weights alone does not prepare the cut. The authors' filter scheme does just that (their
-bn_filter prunes the scales alone), and the batch norm's shift lives on: pruned filters still give constants.
+Sources
+* The paper: [A] to [E], and that every layer is pruned alike. It prints [F] as U + rho (W - Z), which does
+  not agree with its (8) and (10); its code has this form. Its rho is 1e-3.
+* Its code: [E]'s interval in epochs, [G], and that the classifier stays whole. What differs there: examples
+  multiply rho by 1.3 at each update and leave U as it is (here U shrinks as rho grows); U keeps an autograd
+  graph, so that after m updates the penalty pulls 1 + m times as hard as [D]; the attack is in training mode,
+  so that every step of PGD moves batch norm's statistics (here fixed meanwhile); of filters the weights alone
+  are pulled (by bn_filter the batch norm's scales alone), and its shift lives on: a pruned filter still gives
+  a constant.
+* Ours: [H], because batch norm undoes the shrinking of a whole filter, so that pulling its weights alone does
+  not prepare the cut; rho's default, all schedules, Nesterov's momentum, weight decay (theirs: 1e-4, on MNIST
+  1e-6), torch's initial weights (their MNIST LeNet's convolutions: Xavier's), the last epoch's network
+  (theirs: the best on the test set), the reading of --mode ticket, removing dead filters, --group-residual:
+  only with it does a ResNet-18 pruned 16 -> 4 become as small as one of width 4.
+To know: [G] keeps the dense network's running statistics. With our rho, digits' masks hardly move
+(mask_changed in the log): Z is the one-shot cut. While the rate rises, U winds up, so that what is to be
+pruned swings past zero before it fades; with --admm-rise 0 it only fades. results/README.md has that and a
+rho that grows.
 
   python admm_prune.py --dataset digits                one or two minutes of a CPU core, offline
   python admm_prune.py --arch resnet18 --target-width 4                 CIFAR-10, 16 -> 4, for a GPU

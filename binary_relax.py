@@ -23,19 +23,21 @@ term for clean images too.
   [G]  input channel k of a layer is dead if W[:, k] = 0;  ours: if no layer reads it, its writer is removed
 The latent weights, the authors' y, are v here; x, y are always image and label.
 
-Sources. The body of 2008.13305 was not available: [A] to [G] are from its authors' code, from Binary-Relax's
-and from EnResNet's. As there, all convolutions but the 1x1 shortcuts are quantised, the first too, and in the
-networks of common.py hidden linear layers; the rest stays float. What differs from the authors' code: std is
-that of each image, theirs runs over the batch, so that an image's logits depend on its neighbours; their
-2-bit scale is a mean over all weights, zeros too, which is no projection; sign(0) is 1; PGD sees batch norm's
-running statistics, and its iterates do not enter them; evaluated is q of the last v, on images that are not
-cropped, and nothing is selected; SGD is Nesterov's. Noise is on in training, in attacks and in evaluation, as
-theirs. Ours: one cycle of the rate over both phases, so that the switch comes at half of its peak (theirs, in
-steps: at a hundredth; --finetune-lr); pre-training (without it dense.pt is the untrained network); without
-fine-tuning, batch norm's statistics anew at q, of clean images. [F] is not normalised, so that its step is
-nine times that of --adv-weight 1 --nat-weight 0. In evaluation a network with noise is attacked with EOT,
-judged by the mean over 10 draws (new ones, on the worst of all restarts), and flagged as random. In an
-EnResNet only channels between the two convolutions of a block can be removed, a part of the dead ones.
+Sources
+* Its authors' code, Binary-Relax's and EnResNet's: [A] to [G]; the body of 2008.13305 was not available. As
+  there, all convolutions but the 1x1 shortcuts are quantised, the first too (and in the networks of common.py
+  hidden linear layers), the rest stays float; noise is on in training, in attacks and in evaluation; [F] is
+  not normalised, so that its step is nine times that of --adv-weight 1 --nat-weight 0.
+* What differs there: std is that of the batch, so that an image's logits depend on its neighbours (here that
+  of each image); the 2-bit scale is a mean over all weights, zeros too, which is no projection; sign(0) is 0
+  (here 1); PGD runs in training mode, and its iterates enter batch norm's running statistics (here it sees
+  those, and they stay); the network is the best on test images that are cropped (here q of the last v); SGD
+  is not Nesterov's.
+* Ours: one cycle of the rate over both phases, so that the switch comes at half of its peak (theirs, in
+  steps: at a hundredth; --finetune-lr); pre-training (without it dense.pt is the untrained network); without
+  fine-tuning, batch norm's statistics anew at q, of clean images; with noise, an evaluation by EOT, judged by
+  the mean over 10 draws (new ones, on the worst of all restarts), and flagged as random.
+In an EnResNet only channels between the two convolutions of a block can be removed, a part of the dead ones.
 
   python binary_relax.py --dataset digits --bits 2     four minutes of one CPU core, offline
   python binary_relax.py --depth 56 --bits 4           CIFAR-10, En1ResNet56, for a GPU

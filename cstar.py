@@ -18,13 +18,14 @@ weights towards that form while they train on adversarial images, so that the fi
        attacked images (attacked with those of clean ones); then fine-tuned like [A], the factors being free
 S, C, k: output and input channels, kernel. A 1x1 kernel or linear layer is a matrix: two factors, one rank.
 
-Sources. Of the paper only abstracts and an extract were available. They give global ranks, Tucker-2
-projection (its Algorithm 1, for its Eqn. 12, which we take for [F]), ratios 2 to 64, 8/255 in steps of
-2/255; that it uses ADMM is inferred. [B], [E] to [H] follow the group's ADMM code (Yin et al., CVPR 2021),
-which trains on clean images, updates before an epoch, the first too, takes up to 100 HOOI sweeps and rho
-1e-3, keeps 1x1 shortcuts dense, gives linear layers three factors, fine-tunes at 1/20 of the rate (ImageNet:
-1/10), and estimates no new statistics in [H]. Ours: [A] as written, [C], [D], those statistics, rates,
-epochs, Nesterov, --budget macs.
+Sources
+* The paper, of which only abstracts and an extract were available: global ranks, Tucker-2 projection (its
+  Algorithm 1, for its Eqn. 12, which we take for [F]), ratios 2 to 64, 8/255 in steps of 2/255.
+* The group's ADMM code (Yin et al., CVPR 2021): [B], [E] to [H]; that CSTAR uses ADMM is inferred. What
+  differs there: clean images; updates before an epoch, the first too; up to 100 HOOI sweeps; rho 1e-3; dense
+  1x1 shortcuts; three factors of a linear layer; fine-tuning at 1/20 of the rate (ImageNet: 1/10); no new
+  statistics in [H].
+* Ours: [A] as written, [C], [D], those statistics, rates, epochs, Nesterov, --budget macs.
 
   python cstar.py --dataset digits                     one or two minutes of a CPU core, offline
   python cstar.py --arch resnet18 --ratio 16           CIFAR-10 at full width, for a GPU (not run there)

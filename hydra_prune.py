@@ -22,17 +22,20 @@ whatever the objective; HYDRA lets the objective decide, by training importance 
                   0.8, else 0;  mix = min(50, 0.1 * 2.5^floor(t / 5)), t: the phase's epochs at full radius
   [L]  smooth     CE(f(x), y) + beta KL(p(x) || p(x + sigma N(0, 1)))
 
-Sources. Neither text was available: the procedure is from the abstracts, [B] to [F] and [J] to [L] from
-HYDRA's code, which prunes all layers, the classifier too, and whose adversarial objective is [F]; its [J]
-ends at share 0, pure [G]. [F] is Zhang et al. 2019 (TRADES), [H], [J] Zhang et al. 2020, [I], [K] Wang et al.
-2018 (MixTrain), [L] Carmon et al. 2019, with its certificate (Cohen et al. 2019) in tools/evaluate.py. A
-survey (2409.01249) says that the first paper prunes by LWM, in steps; one of the survey's two files ranks all
-layers together. Here it is one cut of each layer. Its verifiable objective is not known. Ours: the default
-pgd, Nesterov's momentum, weight decay (theirs: 1e-4), boxes clamped to [0, 1], schedules (in [K] too the
-radius grows by steps), the last epoch's network (theirs: the best on the test set), the best of all bounds,
-no weight decay on s, [D]'s epochs added to LWM's fine-tuning, torch's initial values of w, and --scheme
-filter: one score per filter, whose m multiplies its batch norm (fixed in [D], as w is) or, without one of its
-own, its weights; m is small instead of 0 in [D], so that gradients still pass its ReLU.
+Sources
+* Neither text was available. The abstracts: the procedure. A survey (2409.01249) says that the first paper
+  prunes by LWM, in steps (here one cut of each layer; one of the survey's two files ranks all layers
+  together). Its verifiable objective is not known.
+* HYDRA's code: [B] to [F], [J] to [L], and that all layers are pruned, the classifier too. What differs
+  there: the adversarial objective is [F]; [J] ends at share 0, pure [G].
+* [F]: Zhang et al. 2019 (TRADES). [H], [J]: Zhang et al. 2020. [I], [K]: Wang et al. 2018 (MixTrain). [L]:
+  Carmon et al. 2019, with its certificate (Cohen et al. 2019) in tools/evaluate.py.
+* Ours: the default pgd, Nesterov's momentum, weight decay (theirs: 1e-4), boxes clamped to [0, 1], schedules
+  (in [K] too the radius grows by steps), the last epoch's network (theirs: the best on the test set), the
+  best of all bounds, no weight decay on s, [D]'s epochs added to LWM's fine-tuning, torch's initial values of
+  w.
+* Ours too, --scheme filter: one score per filter, whose m multiplies its batch norm (fixed in [D], as w is)
+  or, without one of its own, its weights; m is small instead of 0 in [D]: gradients still pass its ReLU.
 
   python hydra_prune.py --dataset digits               one or two minutes of a CPU core, offline
   python hydra_prune.py --arch vgg16 --ratio 10        CIFAR-10, for a GPU; the first paper: --scores lwm;

@@ -166,7 +166,8 @@ def method_of(run):
     what = SCHEMES.get(scheme, "low rank" if "rank_rule" in args else scheme)
     what += ", uniform ranks" * (args.get("rank_rule") == "uniform")
     what += ", grouped" * bool(args.get("group_residual"))
-    far = (f"{args['ratio']:g}x" if args.get("ratio") else "") + " fewer MACs" * (args.get("budget") == "macs")
+    far = f"{args['ratio']:g}x" if args.get("ratio") else ""
+    far += " fewer MACs" * (args.get("budget") == "macs")
     if args.get("target_width") and what == "filters":
         far = f"width {args['width']} to {args['target_width']}"
     scores = "lwm" if scores == "hydra" and not first else scores
