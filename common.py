@@ -1198,14 +1198,11 @@ def load_model(path):
 
 
 def load_pretrained(model, path, network):
-    """Loads into `model` a dense.pt of any script or a state dict as others publish it: wrapped, prefixed, of
-    kuangliu's names or torchvision's. UsageFault unless it holds just that network, dense."""
-    def canonical(name):
-        name = re.sub(r"^((module|model)\.)+", "", name)
-        return name.replace("shortcut.", "downsample.").replace("linear.", "fc.")
+    """Loads into `model` a dense.pt of any script or a state dict as others publish it. UsageFault unless it
+    holds just that network, dense."""
     if not Path(path).is_file():
         raise UsageFault(f"argument --pretrained: there is no file {path}")
-    content, state = read_file(path, own=False), {}
+    content = read_file(path, own=False)
     content = content if isinstance(content, dict) else {}
     if "format" in content:
         artifact = read_artifact(path)
@@ -1213,23 +1210,33 @@ def load_pretrained(model, path, network):
         if (kind, found) != ("dense", network):
             raise UsageFault(f"argument --pretrained: {path} holds {kind} {found}, not dense {network}")
     else:
-        for key in ("state_dict", "model_state_dict", "net", "model"):
-            content = content[key] if isinstance(content.get(key), dict) else content
-        left = {canonical(str(key)): t for key, t in content.items() if torch.is_tensor(t)}
-        for name, like in model.state_dict().items():
-            default = like if name.endswith("num_batches_tracked") else None
-            state[name] = t = left.pop(canonical(name), default)
-            shape = "missing" if t is None else tuple(t.shape) if t.isfinite().all() else "not finite"
-            if shape != (wanted := tuple(like.shape)):
-                raise UsageFault(f"argument --pretrained: {path}: its {name} is {shape}, wanted: {wanted}")
-        for name in left:                                        # those of MadryLab's wrapper are duplicates
-            if not name.startswith(("attacker.", "normalizer.")):
-                raise UsageFault(f"argument --pretrained: {path}: its {name} has no place in the network")
+        state = published_state(content, model, path)
         mean, std = ([f"{v.item():g}" for v in getattr(model, k, ())] for k in ("mean", "std"))
         how = f"less {', '.join(mean)}, over {', '.join(std)}" if mean else "as they are: no --mean, no --std"
         print(f"{path}: taken for a network that gets images {how}")
     with fitting(path):
         model.load_state_dict(state)
+
+
+def published_state(content, model, path):
+    """The model's state dict from one that others published: wrapped in a dict, prefixed, with the names of
+    kuangliu's networks or torchvision's."""
+    def canonical(name):
+        name = re.sub(r"^((module|model)\.)+", "", name)
+        return name.replace("shortcut.", "downsample.").replace("linear.", "fc.")
+    for key in ("state_dict", "model_state_dict", "net", "model"):
+        content = content[key] if isinstance(content.get(key), dict) else content
+    left, state = {canonical(str(key)): t for key, t in content.items() if torch.is_tensor(t)}, {}
+    for name, like in model.state_dict().items():
+        default = like if name.endswith("num_batches_tracked") else None
+        state[name] = t = left.pop(canonical(name), default)
+        shape = "missing" if t is None else tuple(t.shape) if t.isfinite().all() else "not finite"
+        if shape != (wanted := tuple(like.shape)):
+            raise UsageFault(f"argument --pretrained: {path}: its {name} is {shape}, wanted: {wanted}")
+    for name in left:                                            # those of MadryLab's wrapper are duplicates
+        if not name.startswith(("attacker.", "normalizer.")):
+            raise UsageFault(f"argument --pretrained: {path}: its {name} has no place in the network")
+    return state
 
 
 # ---------------------------------------------------------------- the run
