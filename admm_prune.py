@@ -55,9 +55,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (Fault, Run, UsageFault, apply_masks_, autocast, build_network, channel_groups, cli,
-                    load_data, load_pretrained, make_optimizer, network_of, number, parameter_masks, pgd,
-                    prepare, ramp, rate, read_artifact, remove_filters_, resize_, resolve, save_model,
+from common import (Fault, Run, UsageFault, apply_masks_, autocast, build_network, cli, load_data,
+                    load_pretrained, make_optimizer, network_of, number, parameter_masks, pgd, prepare, ramp,
+                    rate, read_artifact, removable_groups, remove_filters_, resize_, resolve, save_model,
                     script_parser, topk_mask, whole)
 
 
@@ -280,7 +280,7 @@ def main(argv=None):
         load_pretrained(model, args.pretrained, network)
     ticket = read_ticket(args, network) if args.ticket else None
     rho = first_rho(args, data)
-    groups = channel_groups(model) if args.scheme == "filter" else ()        # Fault, where that cannot be
+    groups = removable_groups(model, network) if args.scheme == "filter" else ()
     tied = [list(writers) for writers, _, _ in groups] if args.group_residual else ()
     if args.group_residual and max(map(len, tied)) == 1:
         raise UsageFault(f"argument --group-residual: {args.arch} adds no filters' outputs to others'")

@@ -55,11 +55,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (CIFAR, RECIPES, Fault, Run, UsageFault, WideBlock, autocast, build_network,
-                    channel_groups, cli, conv3x3, evaluate, load_data, load_pretrained, make_optimizer,
-                    network_of, normalised, number, per_cent, pgd, prepare, ramp, rate,
-                    reestimate_batchnorm_, resize_, resolve, save_model, script_parser, stages, whole,
-                    without_channels)
+from common import (CIFAR, RECIPES, Fault, Run, UsageFault, WideBlock, autocast, build_network, cli, conv3x3,
+                    evaluate, load_data, load_pretrained, make_optimizer, network_of, normalised, number,
+                    per_cent, pgd, prepare, ramp, rate, reestimate_batchnorm_, removable_groups, resize_,
+                    resolve, save_model, script_parser, stages, whole, without_channels)
 
 
 def get_args(argv=None):
@@ -239,14 +238,14 @@ def sparsity(weights):
     return dict(sparsity=per_cent(zero), channel_sparsity=per_cent(dead))
 
 
-def without_dead(model, state):
+def without_dead(model, state, network):
     """[G] The state without the channels that no layer reads; at least one channel of a group stays. In an
     EnResNet these are channels within blocks: those between blocks also enter the noise and the sum."""
     groups = [({f"{name}.conv1": f"{name}.bn2"}, [], [f"{name}.conv2"])
               for name, m in model.named_modules() if isinstance(m, NoisyBlock)]
     if not isinstance(model, EnResNet):
         with contextlib.suppress(Fault):                             # then nothing is removed
-            groups = channel_groups(model)
+            groups = removable_groups(model, network)
     for group in reversed(groups):                               # a removed reader may leave its inputs dead
         writers, _, readers = group
         count = len(state[f"{next(iter(writers))}.weight"])
@@ -284,7 +283,7 @@ def unpack(packed, shapes, bits):
     return codes
 
 
-def encode(model, bits):
+def encode(model, bits, network):
     """q of a network that holds v, as build() reads it: the state, with scales instead of quantised weights
     and without dead channels; the codes, packed; and the sparsity of q, in per cent."""
     state = {name: t.detach().cpu() for name, t in model.state_dict().items()}
@@ -298,7 +297,7 @@ def encode(model, bits):
         state[name], scale = project(state[name], bits)                  # [B]
         scales[f"{name}.scale"] = scale[None]
     found = sparsity([state[name] * scales.get(f"{name}.scale", 1) for name in targets])
-    state = without_dead(model, state)
+    state = without_dead(model, state, network)
     codes = {name: state.pop(name) for name in coded}
     return state | scales, dict(codes=pack(codes.values(), bits), bits_of_codes=bits,
                                 shapes_of_codes={name: list(c.shape) for name, c in codes.items()}), found
@@ -390,7 +389,7 @@ def main(argv=None):
         run.log(epoch=epoch + 1, **fields, **zeros(), strength=strength)
 
     # The file: q of the last v, as codes and scales.
-    state, codes, found = encode(model, args.bits)
+    state, codes, found = encode(model, args.bits, network)
     save_model(run.folder / "model.pt", run.script, "compact", network, model, args, state=state, **codes)
 
     def extra_metrics(model, robust):

@@ -6,6 +6,7 @@ networks, training, the attack (pgd), evaluation (evaluate, sanity_flags), files
 """
 import argparse
 import contextlib
+import copy
 import functools
 import importlib
 import itertools
@@ -587,7 +588,7 @@ def lenet(width, channels, classes, size):
 
 
 # Rules: the first layer is registered first, the classifier last; shortcut layers are named shortcut or
-# downsample (binary_relax.py keeps them float). channel_groups() has more rules.
+# downsample (binary_relax.py keeps them float). removable_groups() tries out whether filters can go.
 NETWORKS = {"resnet18": resnet18, "vgg16": vgg16, "wrn28_4": wrn28_4, "lenet": lenet,         # cnn_*: HYDRA's
             "cnn_small": functools.partial(cnn, convs=((16, 4, 2), (32, 4, 2)), linear=(100,)),
             "cnn_large": functools.partial(cnn, convs=((32, 3, 1), (32, 4, 2), (64, 3, 1), (64, 4, 2)),
@@ -636,9 +637,8 @@ def channel_groups(model):
     """Channels that can only be removed together, from the network's graph: [(writers, norms, readers)],
     names of layers. writers, whose outputs are added up: {layer: the batch norm on its output alone, or
     None}; norms: the batch norms on the sum; readers: the convolutions and linear layers that get the sum,
-    the latter perhaps as several features a channel. Logits are no group. Activations must map 0 to 0, as
-    ReLU does. Fault where a channel is not what one filter gives, or where another layer with weights
-    reads it."""
+    the latter perhaps as several features a channel. Logits are no group. A graph can hold what this does
+    not know: removable_groups() finds out. Fault without a graph."""
     groups, group_of, modules = {}, {}, dict(model.named_modules())                  # group_of: {node: key}
     try:
         nodes = torch.fx.Tracer().trace(model).nodes
@@ -648,13 +648,7 @@ def channel_groups(model):
     for node in nodes:
         layer = modules.get(node.target) if node.op == "call_module" else None
         read = sorted({group_of[source] for source in node.all_input_nodes if source in group_of})
-        beside = node.target in (torch.cat, torch.concat, torch.concatenate, torch.hstack, torch.stack)
-        reader = isinstance(layer, (nn.Conv2d, nn.Linear))
-        other = layer and [*layer.parameters()] and not (reader or isinstance(layer, nn.BatchNorm2d))
-        if getattr(layer, "groups", 1) > 1 or read and (beside or other):
-            raise Fault(f"{node}: no filter can be removed that torch.cat, a layer with groups or one of "
-                        "another kind with weights reads")
-        if reader:
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
             for key in read:
                 groups[key][2].append(node.target)
             group_of[node] = len(group_of)
@@ -671,11 +665,33 @@ def channel_groups(model):
                 writers, norms, readers = writers | more[0], norms + more[1], readers + more[2]
                 group_of |= {n: read[0] for n in group_of if group_of[n] == key}
             groups[read[0]] = writers, norms, readers
-    for writers, norms, readers in groups.values():              # chunk() or reshape() may lie between
-        counts = {len(modules[name].weight) for name in (*writers, *norms)}
-        if len(counts) > 1 or any(modules[name].weight.shape[1] % min(counts) for name in readers):
-            raise Fault(f"{[*writers][0]}: its filters are not the channels that {', '.join(readers)} read")
     return [group for group in groups.values() if group[2]]
+
+
+def removable_groups(model, network):
+    """channel_groups(model), tried out: Fault unless a copy that loses every other channel of each group
+    computes what the network with zeros in their place does. It does not if, say, torch.cat, a layer with
+    groups, an addition of the image or an activation that is not 0 at 0 comes after a filter."""
+    groups, copied = channel_groups(model), copy.deepcopy(model).cpu()
+    with evaluating(copied) as generator:
+        for t in (*copied.parameters(), *copied.buffers()):      # biases and means are 0 at first
+            if t.dim() == 1 and t.is_floating_point():
+                t += 0.1 * torch.rand(t.shape, generator=generator)
+        x = torch.rand(2, network["channels"], *network["size"], generator=generator)
+        weights = {name: copied.get_submodule(name).weight for writers, _, _ in groups for name in writers}
+        try:
+            masks = parameter_masks(copied, {
+                name: (torch.arange(len(w)) % 2 == 0).view(-1, *[1] * (w.dim() - 1)).expand_as(w)
+                for name, w in weights.items()}, filters=True)
+            apply_masks_(copied, masks)
+            zeroed = copied(x)
+            gap = (remove_filters_(copied, masks)[0](x) - zeroed).abs().max() / zeroed.abs().max()
+            reason = None if gap < 1e-4 else "zeros in their place give other logits"
+        except Exception as fault:                               # of a fork's network it can raise anything
+            reason = first_line(fault)
+    if reason:
+        raise Fault(f"filters cannot be removed from this network ({reason})")
+    return groups
 
 
 def without_channels(state, groups, alive):
@@ -1143,7 +1159,7 @@ def save_model(path, script, kind, network, model, args, state=None, **more):
     save_file(path, dict(script=script, kind=kind, network=network, **more, values=values[values != 0],
         bits=torch.frombuffer(bytearray(bits), dtype=torch.uint8),
         shapes={name: list(t.shape) for name, t in floats.items()},
-        counters={name: t.item() for name, t in state.items() if name not in floats},
+        counters={name: t.tolist() for name, t in state.items() if name not in floats},
         attack_settings=attack | dict(step_size=args.eval_step_size)))
 
 

@@ -62,8 +62,8 @@ from torch.utils.checkpoint import checkpoint
 from common import (RECIPES, Fault, Run, apply_masks_, autocast, build_network, channel_groups, cli,
                     evaluating, interval, load_data, load_pretrained, make_optimizer, meet, network_of,
                     number, parameter_masks, per_cent, pgd, prepare, progress, ramp, rank, rate,
-                    remove_filters_, resize_, resolve, save_model, script_parser, to_float, topk_mask, whole,
-                    world)
+                    removable_groups, remove_filters_, resize_, resolve, save_model, script_parser, to_float,
+                    topk_mask, whole, world)
 
 OBJECTIVES = ("natural", "pgd", "trades", "crown-ibp", "mixtrain", "smooth")
 BOUNDED = ("crown-ibp", "mixtrain")
@@ -433,7 +433,7 @@ def main(argv=None):
     if args.pretrained:
         load_pretrained(model, args.pretrained, network)
     if args.scheme == "filter":
-        channel_groups(model)                                        # Fault, where that cannot be
+        removable_groups(model, network)                             # Fault, where that cannot be
     phases = phases_of(args)
     run = Run(args, data, __file__, phases, argv)
     if run.result:

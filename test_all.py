@@ -1647,7 +1647,7 @@ def test_network_without_dead_channels_equals_the_quantised_one(arch, channels, 
     for name, w in targets.items():
         if "conv2" in name or arch not in ("enresnet", "resnet18", "wrn28_4"):
             w.data[:, ::3] *= 1e-6
-    state, codes, found = binary_relax.encode(model, bits)
+    state, codes, found = binary_relax.encode(model, bits, network)
     sizes = [math.ceil(math.prod(shape) * bits / 8) for shape in codes["shapes_of_codes"].values()]
     assert codes["codes"].dtype == torch.uint8 and len(codes["codes"]) == sum(sizes)     # last byte padded
     small = binary_relax.build(dict(network=network, state=copy.deepcopy(state), **codes)).double().eval()
@@ -1662,31 +1662,55 @@ def test_network_without_dead_channels_equals_the_quantised_one(arch, channels, 
     assert (counts[0] < counts[1]) == (found["channel_sparsity"] > 0) == (bits in (2, 4))
 
 
+class Fork(nn.Module):
+    """Two convolutions, 4 channels between them, and whatever `join` does with what the first gives."""
+    def __init__(self, join, *layers, channels=1, wide=4):
+        super().__init__()
+        self.conv1, self.layers = nn.Conv2d(channels, 4, 3, padding=1), nn.ModuleList(layers)
+        self.conv2, self.linear, self.join = nn.Conv2d(wide, 4, 1), nn.Linear(4, 10), join
+        self.param = nn.Parameter(torch.ones(4, 1, 1))
+
+    def forward(self, x):
+        return self.linear(F.relu(self.conv2(self.join(self, self.conv1(x), x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("why, fork", [
+    (None, Fork(lambda net, h, x: F.relu(h))), (None, Fork(lambda net, h, x: net.layers[0](h), nn.PReLU())),
+    (None, Fork(lambda net, h, x: h + net.layers[0](x), nn.Conv2d(1, 4, 1))),
+    ("other logits", Fork(lambda net, h, x: h + x)), ("other logits", Fork(lambda net, h, x: h.flip(1))),
+    ("other logits", Fork(lambda net, h, x: F.sigmoid(h))),
+    ("other logits", Fork(lambda net, h, x: torch.cat([h, net.layers[0](h)], 1), nn.Conv2d(4, 4, 1), wide=8)),
+    ("shape", Fork(lambda net, h, x: torch.hstack([h, x]), wide=5)),
+    ("shape", Fork(lambda net, h, x: h[:, :2] + h[:, 2:], wide=2)),
+    ("size", Fork(lambda net, h, x: h + x, channels=4)), ("size", Fork(lambda net, h, x: h + net.param)),
+    ("shape", Fork(lambda net, h, x: net.layers[0](h), nn.Conv2d(4, 4, 1, groups=4))),
+    ("shape", Fork(lambda net, h, x: net.layers[0](net.layers[0](h)), nn.Conv2d(4, 4, 1))),
+    ("size", Fork(lambda net, h, x: net.layers[0](h), nn.GroupNorm(1, 4))),
+    ("size", Fork(lambda net, h, x: net.layers[0](h), nn.BatchNorm2d(4, affine=False))),
+    ("torch.fx finds no graph", Fork(lambda net, h, x: h if h.sum() > 0 else -h)),
+    ("torch.fx finds no graph", Fork(lambda net, h, x: h.unflatten(1, (len(h), 4))))])
+def test_filters_are_removed_where_zeros_in_their_place_give_the_same_logits(why, fork):
+    network, before = dict(channels=fork.conv1.in_channels, size=[8, 8]), copy.deepcopy(fork.state_dict())
+    random, state = torch.get_rng_state(), {"conv2.weight": torch.zeros(4, fork.conv2.in_channels, 1, 1)}
+    state |= {"conv1.weight": before["conv1.weight"], "linear.weight": torch.ones(10, 4)}
+    small = binary_relax.without_dead(fork, state, network)
+    if why:
+        assert small == state
+        with pytest.raises(common.Fault, match=f"filter.* removed .*{why}"):
+            common.removable_groups(fork, network)
+    else:
+        assert common.removable_groups(fork, network)[-1] == ({"conv2": None}, [], ["linear"])
+        assert len(small["conv1.weight"]) == 1
+    assert torch.equal(random, torch.get_rng_state()) and fork.training
+    assert all(torch.equal(t, before[name]) for name, t in fork.state_dict().items())
+
+
 def test_a_channel_that_only_removed_filters_read_goes_too_and_one_always_stays():
     def encoded(model, network):
-        state, codes, _ = binary_relax.encode(model, 2)
+        state, codes, _ = binary_relax.encode(model, 2, network)
         return binary_relax.build(dict(network=network, state=state, **codes)).eval()
-    def side(join):
-        kind = type("Side", (nn.Sequential,), dict(forward=lambda self, x: join([m(x) for m in self])))
-        return kind(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
-    for odd in (nn.Conv2d(4, 4, 1, groups=4), side(torch.hstack), side(functools.partial(torch.cat, dim=1))):
-        with pytest.raises(common.Fault, match="no filter can be removed that"):
-            common.channel_groups(nn.Sequential(nn.Conv2d(1, 4, 1), odd))
-    with pytest.raises(common.Fault, match="a layer with groups"):           # the first layer too
-        common.channel_groups(nn.Sequential(nn.Conv2d(4, 4, 1, groups=4), nn.Conv2d(4, 2, 1)))
-    def shaped(join):
-        kind = type("Shaped", (nn.Sequential,), dict(forward=lambda self, x: self[1](join(self[0](x)))))
-        return kind(nn.Conv2d(1, 4, 1), nn.Conv2d(2, 4, 1))
-    for odd, why in ((lambda h: h if h.sum() > 0 else -h, "torch.fx finds no graph"),
-                     (lambda h: h.unflatten(1, (len(h), 4)), "torch.fx finds no graph"),
-                     (lambda h: h[:, :2] + h[:, 2:], "its filters are not the channels that 1 read"),
-                     (nn.Sequential(nn.GroupNorm(1, 4)), "one of another kind with weights reads")):
-        network = shaped(odd) if why[0] != "o" else nn.Sequential(nn.Conv2d(1, 4, 1), odd, nn.Conv2d(4, 2, 1))
-        with pytest.raises(common.Fault, match=why):
-            common.channel_groups(network)
-        assert binary_relax.without_dead(network, {"a": 1}) == {"a": 1}
     with pytest.raises(common.Fault, match="share a weight"):
-        binary_relax.encode(nn.Sequential(*[nn.Conv2d(4, 4, 1)] * 2), 2)
+        binary_relax.encode(nn.Sequential(*[nn.Conv2d(4, 4, 1)] * 2), 2, {})
     network = dict(arch="vgg16", width=1, channels=3, classes=10, size=[32, 32])
     model = common.build_network(**network)
     for w in binary_relax.quantisable(model).values():
@@ -1698,7 +1722,7 @@ def test_a_channel_that_only_removed_filters_read_goes_too_and_one_always_stays(
     assert [m.out_channels for m in small.modules() if isinstance(m, nn.Conv2d)][:3] == [3, 3, 8]
     convs[3].weight.data[0, 0, 0, 0] = math.nan
     with pytest.raises(common.Fault, match="not finite"):
-        binary_relax.encode(model, 2)
+        binary_relax.encode(model, 2, network)
     model, network, x = ensemble(noise=0.0)
     model.members[0].blocks[1].conv2.weight.data.zero_()
     small = encoded(model, network)
