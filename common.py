@@ -678,11 +678,12 @@ def removable_groups(model, network):
             if t.dim() == 1 and t.is_floating_point():
                 t += 0.1 * torch.rand(t.shape, generator=generator)
         x = torch.rand(2, network["channels"], *network["size"], generator=generator)
-        weights = {name: copied.get_submodule(name).weight for writers, _, _ in groups for name in writers}
+        masks = {name: torch.zeros_like(copied.get_submodule(name).weight, dtype=torch.bool)
+                 for writers, _, _ in groups for name in writers}
+        for mask in masks.values():
+            mask[::2] = True
         try:
-            masks = parameter_masks(copied, {
-                name: (torch.arange(len(w)) % 2 == 0).view(-1, *[1] * (w.dim() - 1)).expand_as(w)
-                for name, w in weights.items()}, filters=True)
+            masks = parameter_masks(copied, masks, filters=True)
             apply_masks_(copied, masks)
             zeroed = copied(x)
             gap = (remove_filters_(copied, masks)[0](x) - zeroed).abs().max() / zeroed.abs().max()
@@ -727,7 +728,8 @@ def resize_(model, state):
 
 
 def topk_mask(values, ratio):
-    """Boolean (n,), True for exactly ceil(n / ratio) of values (n,): the largest, the first among equals."""
+    """Boolean (n,), True for exactly ceil(n / ratio) of values (n,), ratio being the nearest fraction with a
+    denominator up to a million: the largest, the first among equals."""
     kept = math.ceil(len(values) / Fraction(ratio).limit_denominator(10**6))     # floats: 65 / (13 / 3) > 15
     least = values.topk(kept, sorted=False).values.amin()        # kthvalue() is slow on a GPU
     above, equal = values > least, values == least

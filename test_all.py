@@ -1069,6 +1069,9 @@ def test_files_leave_zeros_out_and_give_them_back(tmp_path):
         assert found.keys() == wanted.keys() and all(torch.equal(found[k], v) for k, v in wanted.items())
         count, kept = (sum(f(p) for p in model.parameters()) for f in (torch.numel, torch.count_nonzero))
         assert 8 * (os.path.getsize(path) - 4 * int(kept)) / count < most_bits
+    model.register_buffer("order", torch.arange(6).view(2, 3))
+    common.save_model(path, "admm_prune", "compact", network, model, digits_args(cstar))
+    assert torch.equal(common.read_artifact(path)["state"]["order"], model.order)
 
 
 # ---------------------------------------------------------------- HYDRA: scores and masks
