@@ -672,8 +672,11 @@ def removable_groups(model, network):
     """channel_groups(model), tried out: Fault unless a copy that loses every other channel of each group
     computes what the network with zeros in their place does. It does not if, say, torch.cat, a layer with
     groups, an addition of the image or an activation that is not 0 at 0 comes after a filter."""
-    groups, copied = channel_groups(model), copy.deepcopy(model).cpu()
+    groups, copied = channel_groups(model), copy.deepcopy(model).cpu().float()
     with evaluating(copied) as generator:
+        for p in copied.parameters():                            # no layer is to hide what one before it does
+            if p.dim() > 1:
+                p.normal_(0, 2 / math.sqrt(p[0].numel()), generator=generator)       # half stay
         for t in (*copied.parameters(), *copied.buffers()):      # biases and means are 0 at first
             if t.dim() == 1 and t.is_floating_point():
                 t += 0.1 * torch.rand(t.shape, generator=generator)

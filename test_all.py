@@ -1681,6 +1681,9 @@ class Fork(nn.Module):
     (None, Fork(lambda net, h, x: F.relu(h))), (None, Fork(lambda net, h, x: net.layers[0](h), nn.PReLU())),
     (None, Fork(lambda net, h, x: h + net.layers[0](x), nn.Conv2d(1, 4, 1))),
     ("other logits", Fork(lambda net, h, x: h + x)), ("other logits", Fork(lambda net, h, x: h.flip(1))),
+    ("other logits", Fork(lambda net, h, x: net.layers[0](h.flip(1)), nn.Sequential(
+        *[layer for c, d in itertools.pairwise([4, *[24] * 15, 4])
+          for layer in (nn.Conv2d(c, d, 3, padding=1), nn.ReLU())]))),
     ("other logits", Fork(lambda net, h, x: F.sigmoid(h))),
     ("other logits", Fork(lambda net, h, x: torch.cat([h, net.layers[0](h)], 1), nn.Conv2d(4, 4, 1), wide=8)),
     ("shape", Fork(lambda net, h, x: torch.hstack([h, x]), wide=5)),
