@@ -1119,7 +1119,7 @@ def save_file(path, content):
             torch.save(dict(format=FORMAT, **content), file)
             file.flush()
             os.fsync(file.fileno())
-        torch.load(temporary, map_location="meta", weights_only=True)    # a number of NumPy fails here
+        torch.load(temporary, "cpu", mmap=True, weights_only=True)       # a number of NumPy fails here
         os.replace(temporary, path)
     except pickle.UnpicklingError as fault:
         found = re.search(r"GLOBAL ([\w.]+)|$", str(fault))[1]
