@@ -25,15 +25,15 @@ whatever the objective; HYDRA lets the objective decide, by training importance 
 Sources
 * Neither text was available. The abstracts: the procedure. A survey (2409.01249) says that the first paper
   prunes by LWM, in steps (here one cut of each layer; one of the survey's two files ranks all layers
-  together). Its verifiable objective is not known.
+  together). That paper's verifiable objective is not known.
 * HYDRA's code: [B] to [F], [J] to [L], and that all layers are pruned, the classifier too. What differs
   there: the adversarial objective is [F]; [J] ends at share 0, pure [G].
 * [F]: Zhang et al. 2019 (TRADES). [H], [J]: Zhang et al. 2020. [I], [K]: Wang et al. 2018 (MixTrain). [L]:
   Carmon et al. 2019, with its certificate (Cohen et al. 2019) in tools/evaluate.py.
 * Ours: the default pgd, Nesterov's momentum, weight decay (theirs: 1e-4), boxes clamped to [0, 1], schedules
   (in [K] too the radius grows by steps), the last epoch's network (theirs: the best on the test set), the
-  best of all bounds, no weight decay on s, [D]'s epochs added to LWM's fine-tuning, torch's initial values of
-  w.
+  best of all bounds, no weight decay on s, [D]'s epochs added to LWM's fine-tuning, torch's initial
+  values of w.
 * Ours too, --scheme filter: one score per filter, whose m multiplies its batch norm (fixed in [D], as w is)
   or, without one of its own, its weights; m is small instead of 0 in [D]: gradients still pass its ReLU.
 
