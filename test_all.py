@@ -446,7 +446,9 @@ def test_autoattack_gets_gradients_that_it_can_view_flat_and_what_it_breaks_is_c
     for broken in (torch.zeros(4, dtype=torch.bool), torch.arange(4) < 1):
         accuracy = 100 - 25 * int(broken.sum())
         assert judges.autoattack(model, (images, y), epsilon=0.1) == (accuracy, "standard")
-    assert seen == [(images.shape, 4, 4)] * 2
+    wrong = (y + (torch.arange(4) > 2)) % 5                      # what it calls right is checked
+    assert judges.autoattack(model, (images, wrong), epsilon=0.1) == (50.0, "standard")
+    assert seen == [(images.shape, 4, 4)] * 3
     assert model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     with pytest.raises(common.Fault, match="four classes"):
         judges.autoattack(resnet(channels=3, classes=3), (images, y), epsilon=0.1)
