@@ -55,10 +55,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (CIFAR, RECIPES, Fault, Run, UsageFault, WideBlock, autocast, build_network, cli, conv3x3,
-                    evaluate, load_data, load_pretrained, make_optimizer, network_of, normalised, number,
-                    per_cent, pgd, prepare, ramp, rate, reestimate_batchnorm_, removable_groups, resize_,
-                    resolve, save_model, script_parser, stages, whole, without_channels)
+from common import (CIFAR, RECIPES, Fault, Run, UsageFault, WideBlock, autocast, build_network, check_finite,
+                    cli, conv3x3, evaluate, load_data, load_pretrained, make_optimizer, network_of,
+                    normalised, number, per_cent, pgd, prepare, ramp, rate, reestimate_batchnorm_,
+                    removable_groups, resize_, resolve, save_model, script_parser, stages, whole,
+                    without_channels)
 
 
 def get_args(argv=None):
@@ -292,8 +293,7 @@ def encode(model, bits, network):
     if bits < 32 and len([*model.named_parameters(remove_duplicate=False)]) > len([*model.parameters()]):
         raise Fault("layers that share a weight cannot be saved as codes")
     for name in coded:
-        if not state[name].isfinite().all():
-            raise Fault(f"{name} is not finite: training has diverged (try a lower rate, or --amp off)")
+        check_finite(name, state[name])
         state[name], scale = project(state[name], bits)                  # [B]
         scales[f"{name}.scale"] = scale[None]
     found = sparsity([state[name] * scales.get(f"{name}.scale", 1) for name in targets])
@@ -331,8 +331,7 @@ def train_epoch(model, batches, optimizer, schedule, args, weights=(), lam=math.
         total, n = total + loss.detach() * len(y), n + len(y)
         for name, out in logits.items():
             right[name] = right.get(name, 0) + (out.argmax(1) == y).sum()
-    if not math.isfinite(total):
-        raise Fault("the training loss is not finite: training has diverged (try a lower rate, or --amp off)")
+    check_finite("the training loss", total)
     return dict(loss=total.item() / n, **{f"train_{k}_acc": 100 * r.item() / n for k, r in right.items()})
 
 

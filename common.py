@@ -68,6 +68,12 @@ class UsageFault(Fault):
     status = 2
 
 
+def check_finite(what, *tensors):
+    """Fault unless all their values are finite; what: their name in the message."""
+    if not all(t.isfinite().all() for t in tensors):
+        raise Fault(f"{what} is not finite: training has diverged (try a lower rate, or --amp off)")
+
+
 def first_line(fault):
     """The message's first line, or the error's type; without the position in a C++ file that torch prints."""
     text = str(fault).strip().replace(":\n\t", ": ", 1)           # load_state_dict says what in the second

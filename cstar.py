@@ -40,8 +40,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (Fault, Run, UsageFault, autocast, build_network, by_rank_0, cli, evaluating, load_data,
-                    load_pretrained, make_optimizer, network_of, number, pgd, prepare, ramp, rate,
+from common import (Run, UsageFault, autocast, build_network, by_rank_0, check_finite, cli, evaluating,
+                    load_data, load_pretrained, make_optimizer, network_of, number, pgd, prepare, ramp, rate,
                     reestimate_batchnorm_, resolve, save_model, script_parser, whole)
 
 FLOOR = 0.03                                                     # in [D], of every full rank
@@ -90,8 +90,7 @@ def is_matrix(w):
 def tucker2(w, rank, hooi=0):
     """[B] Factors of a weight (S, C, k, k) at rank (ro, ri): G (ro, ri, k, k), A (S, ro), B (C, ri); matrices
     (S, C) at rank (r,): A (S, r), B (C, r). Truncated HOSVD in float64, then `hooi` alternating sweeps."""
-    if not w.isfinite().all():
-        raise Fault("a weight is not finite: training has diverged (try a lower rate, or --amp off)")
+    check_finite("a weight", w)
     w = w.double()
     if is_matrix(w):
         a = leading(w.flatten(1), rank[0])
@@ -337,8 +336,7 @@ def train_epoch(model, batches, optimizer, schedule, args, penalty=None, strengt
         loss.backward()
         optimizer.step()
         schedule.step()
-    if not math.isfinite(total):
-        raise Fault("the training loss is not finite: training has diverged (try a lower rate, or --amp off)")
+    check_finite("the training loss", total)
     return dict(loss=total.item() / n, train_robust_acc=100 * right.item() / n)
 
 

@@ -59,8 +59,8 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from common import (RECIPES, Fault, Run, apply_masks_, autocast, build_network, channel_groups, cli,
-                    evaluating, interval, load_data, load_pretrained, make_optimizer, meet, network_of,
+from common import (RECIPES, Fault, Run, apply_masks_, autocast, build_network, channel_groups, check_finite,
+                    cli, evaluating, interval, load_data, load_pretrained, make_optimizer, meet, network_of,
                     number, parameter_masks, per_cent, pgd, prepare, progress, ramp, rank, rate,
                     removable_groups, remove_filters_, resize_, resolve, save_model, script_parser, to_float,
                     topk_mask, whole, world)
@@ -180,8 +180,7 @@ class Scores(nn.Module):
 
     def masks(self):
         """{layer: boolean like its weight}; Fault if a score is not finite."""
-        if not all(s.isfinite().all() for s in self.s):
-            raise Fault("a score is not finite: training has diverged (try a lower --prune-lr, or --amp off)")
+        check_finite("a score", *self.s)
         return {name: spread(choose_mask(s, self.ratio), layer.weight)
                 for s, (name, layer) in zip(self.s, self.layers.items())}
 
@@ -402,8 +401,7 @@ def train_epoch(model, batches, optimizer, schedule, args, scores=None, masks=No
             scores.mask_weights_()                                   # [B]
         if masks:
             apply_masks_(model, masks)                               # [E]
-    if not math.isfinite(total):
-        raise Fault("the training loss is not finite: training has diverged (try a lower rate, or --amp off)")
+    check_finite("the training loss", total)
     strength, fields = strength_at(step), dict(loss=total.item() / n)
     fields[TRAIN_ACC.get(args.objective, "train_acc")] = 100 * right.item() / n
     if args.objective == "crown-ibp":

@@ -2350,6 +2350,7 @@ def test_compare_joins_seeds_and_leaves_out_what_is_damaged(finished, tmp_path, 
                    " | seed 0: 41.2 (27.0 to 56.8); PGD 45.0; 40 images | 1.5 | never; twice |")
     assert dense.startswith(f"| dense | {same['dense_bytes']:,}, 1.0x | {same['dense']['clean_acc']:.1f} |")
     assert len({line.count("|") for line in (head, row, dense)}) == 1 and "AutoAttack" in head
+    assert compare.spread([28.5, 29.4]) == "29.0 (28.5 to 29.4)"     # the mean is 28.95; of floats, 28.9
     assert re.fullmatch("left out: torn .*\nleft out: absent .*\n", errors)
     assert "zero, one (the first)" in folded[3] and same["command"] in folded[4]
     others = [json.dumps(found | other) for other in (dict(bytes=1), dict(dataset="mnist"), dict(script="x"))]

@@ -20,6 +20,7 @@ import json
 import re
 import shlex
 import sys
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from statistics import mean
 
@@ -97,8 +98,8 @@ def read_run(folder, base):
                     "dataset"] or found["attack"]["epsilon"] != run["attack"]["epsilon"]:
                 raise ValueError("it is of another file, data set or radius")
             low, high = found["autoattack_ci"]
-            run["autoattack"] = (f"{found['autoattack_acc']:.1f} ({low:.1f} to {high:.1f}); PGD "
-                                 f"{found['robust_acc']:.1f}; {found['images']:,} images")
+            run["autoattack"] = (f"{decimal(found['autoattack_acc'])} ({decimal(low)} to {decimal(high)}); "
+                                 f"PGD {decimal(found['robust_acc'])}; {found['images']:,} images")
         except (ValueError, KeyError, TypeError) as fault:
             print(f"left out: {kept} ({first_line(fault)})", file=sys.stderr)
     for row in run, run["dense"]:                                # what is damaged fails here, not in a table
@@ -228,11 +229,17 @@ def dense_rows(rows):
 
 # ---------------------------------------------------------------- the table, the list, the picture
 
+def decimal(value, digits=1):
+    """The number as text, halves rounded up: as floats, means of 28.95 and 33.05 would go down or up."""
+    return f"{Decimal(str(value)).quantize(Decimal(10) ** -digits, ROUND_HALF_UP):,}"
+
+
 def spread(values, digits=1, more=""):
     """The mean, and (lowest to highest) if they differ as printed; nothing if a value is missing."""
     if None in values:
         return ""
-    middle, low, high = (f"{f(values):,.{digits}f}" for f in (mean, min, max))
+    exact = [Decimal(str(value)) for value in values]
+    middle, low, high = (decimal(f(exact), digits) for f in (mean, min, max))
     inside = "; ".join(filter(None, [f"{low} to {high}" if low != high else "", more]))
     return f"{middle} ({inside})" if inside else middle
 
@@ -243,10 +250,11 @@ def cell(column, label, runs):
     if column == "method":
         return label.replace("|", "\\|")
     if column == "bytes":
-        return f"{spread(values, 0)}, {mean(run['bytes_ratio'] for run in runs):.1f}x"
+        ratio = spread([run["bytes_ratio"] for run in runs]).partition(" ")[0]
+        return f"{spread(values, 0)}, {ratio}x"
     if column == "robust":
         return (spread(values, more=f"{seeds} seeds" * (seeds > 1)) if len(runs) > 1 else
-                "{:.1f} ({:.1f} to {:.1f})".format(*values, *runs[0]["robust_ci"]))
+                "{} ({} to {})".format(*map(decimal, (*values, *runs[0]["robust_ci"]))))
     if column == "autoattack":
         return "; ".join(f"seed {run['args']['seed']}: " * (seeds > 1) + text
                          for run, text in zip(runs, values) if text)
