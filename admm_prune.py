@@ -43,9 +43,10 @@ rho that grows.
   python admm_prune.py --arch resnet18 --target-width 4 --pretrain-epochs 300 --admm-epochs 270
       --admm-interval 9 --finetune-epochs 300 --batch-size 128 --rho 1e-3
 The last has the paper's 300 epochs of pre-training, K = 30 updates and rho, the code's batch size, and the
-interval of its docstring (its examples: 20, 4); the rest of its numbers is ours. The paper, clean / PGD-10 robust % (Table 4): ResNet-18 of width 16
-82.71 / 49.31, of width 4 from scratch 77.35 / 44.99, pruned 16 -> 4 78.85 / 47.19. Table 2, LeNet, PGD-40:
-width 8 98.85 / 93.51, 4 98.15 / 91.38, 8 -> 4 98.87 / 94.27. What we measured is in results/README.md.
+interval of its docstring (its examples: 20, 4); the rest of its numbers is ours. The paper, clean / PGD-10
+robust % (Table 4): ResNet-18 of width 16 82.71 / 49.31, of width 4 from scratch 77.35 / 44.99, pruned 16 -> 4
+78.85 / 47.19. Table 2, LeNet, PGD-40: width 8 98.85 / 93.51, 4 98.15 / 91.38, 8 -> 4 98.87 / 94.27. What we
+measured is in results/README.md.
 """
 import math
 import shutil
