@@ -76,7 +76,7 @@ def check_finite(what, *tensors):
 
 def first_line(fault):
     """The message's first line, or the error's type; without the position in a C++ file that torch prints."""
-    text = str(fault).strip().replace(":\n\t", ": ", 1)           # load_state_dict says what in the second
+    text = str(fault).strip().replace(":\n\t", ": ", 1)           # load_state_dict gives reasons in line 2
     return re.sub(r"^.*\.cpp:\d+, ", "", text.partition("\n")[0])[:300] or type(fault).__name__
 
 
@@ -154,11 +154,11 @@ def script_parser(doc, script, phase, networks=(), adapt=lambda recipe: {}):
     attack.add_argument("--step-size", type=radius)
     attack.add_argument("--num-steps", type=whole(0, 10000), help="PGD steps in training")
     attack.add_argument("--ramp-epochs", type=whole(0, 10000), help="first epochs, in which the radius grows")
-    judge = parser.add_argument_group("evaluation")
-    judge.add_argument("--eval-images", type=whole(0), help="as --train-images (default: 1000 on a CPU)")
-    judge.add_argument("--eval-steps", type=whole(1, 10000), default=50, help="default: 50; with noise 20")
-    judge.add_argument("--eval-step-size", type=radius, help="the first one (default: epsilon)")
-    judge.add_argument("--restarts", type=whole(1, 1000), default=4, help="losses in turn (default: 4)")
+    test = parser.add_argument_group("evaluation")
+    test.add_argument("--eval-images", type=whole(0), help="as --train-images (default: 1000 on a CPU)")
+    test.add_argument("--eval-steps", type=whole(1, 10000), default=50, help="default: 50; with noise 20")
+    test.add_argument("--eval-step-size", type=radius, help="of the first step (default: epsilon)")
+    test.add_argument("--restarts", type=whole(1, 1000), default=4, help="losses in turn (default: 4)")
     return parser
 
 
@@ -263,15 +263,15 @@ def cli(main):
 
 
 # ---------------------------------------------------------------- several processes, under torchrun
-# All do the same with the same random numbers; each has its own share of a batch and its own noise in
-# training, and rank 0 alone writes files.
+# All run the same code and draw the same batches; each trains on its own share of a batch, with its own
+# noise, and rank 0 alone writes files.
 @functools.cache
 def join():
     """Connects the processes that torchrun started; returns their common key-value store."""
-    store, number, count = next(dist.rendezvous("env://"))
+    store, index, count = next(dist.rendezvous("env://"))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store,
-                            rank=number, world_size=count, timeout=timedelta(days=1))     # for rank 0's work
-    sys.stdout = open(os.devnull, "w") if number else sys.stdout
+                            rank=index, world_size=count, timeout=timedelta(days=1))     # for rank 0's work
+    sys.stdout = open(os.devnull, "w") if index else sys.stdout
     return store
 
 
@@ -334,10 +334,10 @@ class Data:
         shares = [index[own] for index in batches]
         if isinstance(images, Photos):
             seed = torch.randint(2**60, (), generator=generator, device=labels.device).item()
-            cut = images.load(shares, labels.device, seed)
+            crops = images.load(shares, labels.device, seed)
         else:
-            cut = (augment(images[index], self.crop, self.flip, generator)[own] for index in batches)
-        for x, index in zip(cut, shares):
+            crops = (augment(images[index], self.crop, self.flip, generator)[own] for index in batches)
+        for x, index in zip(crops, shares):
             yield to_float(x), labels[index]
 
 
@@ -456,12 +456,13 @@ def read_torchvision(name, root):
     return *pairs, getattr(splits[0], "classes", [str(d) for d in range(10)])
 
 
-def read_folders(root, workers, photos):
+def read_folders(root, workers, allow_photos):
     """Class folders {train,test}/<class>/* of images of one size or, if allowed, {train,val} of photos. Only
     dot files and Thumbs.db are passed over."""
     def entries(folder):
         return sorted(e for e in os.listdir(folder) if e[0] != "." and e != "Thumbs.db")
-    photos = photos and (root / "val").is_dir() and not any(map(os.path.isdir, (root / "test").glob("*")))
+    photos = allow_photos and (root / "val").is_dir() and not any(
+        map(os.path.isdir, (root / "test").glob("*")))
     splits, labels, names = [], [], []
     for split in (root / "train", root / ("val" if photos else "test")):
         names.append([e for e in entries(split) if (split / e).is_dir()] if split.is_dir() else [])
@@ -643,8 +644,8 @@ def channel_groups(model):
     """Channels that can only be removed together, from the network's graph: [(writers, norms, readers)],
     names of layers. writers, whose outputs are added up: {layer: the batch norm on its output alone, or
     None}; norms: the batch norms on the sum; readers: the convolutions and linear layers that get the sum,
-    the latter perhaps as several features a channel. Logits are no group. A graph can hold what this does
-    not know: removable_groups() finds out. Fault without a graph."""
+    the latter perhaps as several features a channel. Logits are no group. Operations that this does not
+    know are taken for ones that keep channels: removable_groups() tests that. Fault without a graph."""
     groups, group_of, modules = {}, {}, dict(model.named_modules())                  # group_of: {node: key}
     try:
         nodes = torch.fx.Tracer().trace(model).nodes
@@ -680,9 +681,9 @@ def removable_groups(model, network):
     groups, an addition of the image or an activation that is not 0 at 0 comes after a filter."""
     groups, copied = channel_groups(model), copy.deepcopy(model).cpu().float()
     with evaluating(copied) as generator:
-        for p in copied.parameters():                            # no layer is to hide what one before it does
-            if p.dim() > 1:
-                p.normal_(0, 2 / math.sqrt(p[0].numel()), generator=generator)       # half stay
+        for p in copied.parameters():                            # else the signal could vanish on its way
+            if p.dim() > 1:                                      # He's variance, where half the inputs stay
+                p.normal_(0, 2 / math.sqrt(p[0].numel()), generator=generator)
         for t in (*copied.parameters(), *copied.buffers()):      # biases and means are 0 at first
             if t.dim() == 1 and t.is_floating_point():
                 t += 0.1 * torch.rand(t.shape, generator=generator)
@@ -737,8 +738,8 @@ def resize_(model, state):
 
 
 def topk_mask(values, ratio):
-    """Boolean (n,), True for exactly ceil(n / ratio) of values (n,), ratio being the nearest fraction with a
-    denominator up to a million: the largest, the first among equals."""
+    """Boolean (n,), True at the ceil(n / ratio) largest of values (n,), of equal ones at the first. ratio is
+    taken as the nearest fraction with a denominator up to a million."""
     kept = math.ceil(len(values) / Fraction(ratio).limit_denominator(10**6))     # floats: 65 / (13 / 3) > 15
     least = values.topk(kept, sorted=False).values.amin()        # kthvalue() is slow on a GPU
     above, equal = values > least, values == least
@@ -755,6 +756,7 @@ def parameter_masks(model, masks, filters):
             out |= {f"{name}.bias": alive[name], f"{norm}.weight": alive[name], f"{norm}.bias": alive[name]}
         for norm in norms:                                           # of a sum: dead where all of it is
             out |= dict.fromkeys((f"{norm}.weight", f"{norm}.bias"), torch.stack([*alive.values()]).any(0))
+    # Only real parameters: `out` also names biases that a layer lacks, and "None.weight".
     return {name: out[name] for name, _ in model.named_parameters() if name in out}
 
 
@@ -801,14 +803,15 @@ def prepare(model, args):
 
 
 def make_optimizer(model, lr, epochs, data, args, adam=False, undecayed=(), rise=0.2):
-    """SGD with Nesterov momentum, or Adam, and its schedule: to lr in `rise` of the steps, then to 0."""
+    """SGD with Nesterov momentum, or Adam, and its schedule: up to lr in a share `rise` of the steps, then
+    down to 0."""
     groups = [dict(params=[*model.parameters()], weight_decay=args.weight_decay), dict(params=[*undecayed])]
     optimizer = torch.optim.Adam(groups, lr) if adam else torch.optim.SGD(
         groups, lr, args.momentum, nesterov=args.momentum > 0, fused=True)
     optimizer.register_step_pre_hook(lambda *_: average_(        # losses are means, and shares equally large
         [p.grad for group in groups for p in group["params"] if p.grad is not None]))
     steps = max(1, epochs * data.steps(args.batch_size))
-    return optimizer, torch.optim.lr_scheduler.OneCycleLR(       # it divides by rise * (steps + 1) - 1
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(       # it divides by pct_start * (steps + 1) - 1
         optimizer, lr, steps + 1, cycle_momentum=False, pct_start=0.3 if rise * (steps + 1) == 1 else rise)
 
 
@@ -983,7 +986,7 @@ def first_broken_iterate(model, images, generator, *, epsilon, step_size, num_st
             noise = 2 * torch.rand(x.shape, generator=generator, device=x.device) - 1   # drawn for all images
             if i % world() != rank():                            # another process's share
                 continue
-            if not r:
+            if r == 0:
                 first[logits_of(model, x).argmax(1) != y] = -1
             right = first > num_steps
             if right.any():
@@ -998,9 +1001,9 @@ def first_broken_iterate(model, images, generator, *, epsilon, step_size, num_st
 
 
 def noisy_verdicts(model, images, generator, *, restarts, losses, **attack):
-    """(clean, robust) of a random network, both (N,) float: the share of 10 passes that get each image right,
-    clean and at its worst: the clean form or last iterate of a restart with the lowest share. That one gets
-    10 new passes, since the lowest of several noisy shares is biased downwards."""
+    """(clean, robust) of a random network, both (N,) float: the share of 10 passes that classify each image
+    correctly, clean and in its worst form, which is whichever of the clean image and the restarts' last
+    iterates has the lowest share. It gets 10 new passes: the lowest of noisy shares is biased downwards."""
     clean = torch.cat([fraction_correct(model, x, y, 10) for x, y in batched(*images, label="clean images")])
     robust = clean.clone()
     for x, y, out in batched(*images, robust, label="attack"):
@@ -1270,16 +1273,16 @@ def published_state(content, model, path):
 class Run:
     """One run's output folder: its log, its checkpoint and its result. phases: {name: epochs}, in order.
     A continued run goes through main again: epochs() gives nothing for the phases that are over, then loads
-    the checkpoint, `saved`, in the phase where the run stopped. Before that the networks in main are not
-    those of the run: what main does between phases must come from compute_once(), which remembers it, or
-    stand under `if not run.saved`."""
+    the checkpoint, `saved`, in the phase where the run stopped. Until then main's networks are untrained:
+    what main computes between phases must come from compute_once(), which remembers it, or stand under
+    `if not run.saved`."""
     active = result = saved = phase = None                       # active: the run that this process is in
     where = ""                                                   # for messages: "pretrain 3/15: "
 
     def __init__(self, args, data, script, phases, argv=None):
         self.args, self.data, self.script, self.phases = args, data, Path(script).stem, phases
-        elsewhere = ("output", "resume", "data_dir", "workers", "device")     # may differ when continued
-        self.flags = {k: v for k, v in vars(args).items() if k not in elsewhere}
+        may_differ = ("output", "resume", "data_dir", "workers", "device")       # in a continued run
+        self.flags = {k: v for k, v in vars(args).items() if k not in may_differ}
         words = [self.script]                                    # then sizes, and flags whose value is a word
         for k, v in self.flags.items():
             if k in ("width", "seed", "ratio", "bits") and v is not None:
@@ -1397,16 +1400,17 @@ class Run:
             first, self.saved = self.saved["epoch"], None
         else:
             self.save(0, stateful)
-        for epoch in range(first, count + 1):                    # seeds once more for what follows the phase
+        def seed(epoch):
             if world() > 1:                                      # noise is to differ between processes
                 torch.manual_seed(zlib.crc32(f"{self.args.seed} {phase} {epoch} {rank()}".encode()))
-            if epoch == count:
-                break
+        for epoch in range(first, count):
+            seed(epoch)
             self.epoch, self.where = epoch, f"{phase} {epoch + 1}/{count}: "
             yield epoch
             self.seconds[phase] = self.seconds.get(phase, 0) + time.time() - self.begin
             self.begin = time.time()                             # time between phases is the next one's
             self.save(epoch + 1, stateful)
+        seed(count)                                              # for what follows the phase
         self.phase, self.where = None, ""
 
     def save(self, epoch, stateful):
