@@ -1273,9 +1273,9 @@ def published_state(content, model, path):
 class Run:
     """One run's output folder: its log, its checkpoint and its result. phases: {name: epochs}, in order.
     A continued run goes through main again: epochs() gives nothing for the phases that are over, then loads
-    the checkpoint, `saved`, in the phase where the run stopped. Until then main's networks are untrained:
-    what main computes between phases must come from compute_once(), which remembers it, or stand under
-    `if not run.saved`."""
+    the checkpoint, `saved`, in the phase where the run stopped. Until then main's networks do not have
+    the run's weights: what main computes between phases must come from compute_once(), which remembers it,
+    or stand under `if not run.saved`."""
     active = result = saved = phase = None                       # active: the run that this process is in
     where = ""                                                   # for messages: "pretrain 3/15: "
 
