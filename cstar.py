@@ -9,13 +9,13 @@ weights towards that form while they train on adversarial images, so that the fi
   [A]  min_W  E max_{|d| <= epsilon} loss(f_W(x + d), y)    s.t. W_l of Tucker-2 form, sizes within a budget
   [B]  W = G x_1 A x_2 B,  G (ro, ri, k, k), A (S, ro), B (C, ri);     parameters  C ri + k k ro ri + S ro
   [C]  E(ro, ri) = ||W||^2 - sum of squares of the leading ro x ri block of the full HOSVD core
-  [D]  ranks of all layers, chosen once, of the pre-trained W: small sum_l E_l / ||W_l||^2 (greedy, inexact),
+  [D]  ranks of all layers, chosen once, from the trained W: small sum_l E_l / ||W_l||^2 (greedy, inexact),
        all parameters <= total / ratio; each layer first gets 3 % of its full rank; it may stay dense
   [E]  W <- SGD on  loss(f_W(x_adv), y) + rho/2 sum_l ||W_l - Z_l + U_l||^2
   [F]  Z <- project(W + U)          after every epoch: truncated HOSVD, --hooi N sweeps on top
   [G]  U <- U + W - Z               then: scaled dual
   [H]  W <- project(W), factorised into 1x1 - kxk - 1x1; batch norm's statistics are estimated anew, on
-       attacked images (attacked with those of clean ones); then fine-tuned like [A], the factors being free
+       clean images, and with these on attacked ones; then fine-tuned like [A], the factors being free
 S, C, k: output and input channels, kernel. A 1x1 kernel or linear layer is a matrix: two factors, one rank.
 
 Sources
@@ -51,11 +51,11 @@ def get_args(argv=None):
     parser = script_parser(__doc__, __file__, "admm_epochs")
     paper = parser.add_argument_group("CSTAR (letters: see the head of the file)")
     paper.add_argument("--ratio", type=number(1, 10000), default=16.0,
-                       help="dense / compact, of --budget (default: 16)")
+                       help="dense / compact, in --budget (default: 16)")
     paper.add_argument("--rank-rule", choices=("hull", "uniform"), default="hull", help="[D] or one fraction")
     paper.add_argument("--budget", choices=("parameters", "macs"), default="parameters", help="in [D]")
     paper.add_argument("--admm-epochs", type=whole(0, 10000), help="0 is the one-shot baseline")
-    paper.add_argument("--admm-lr", type=rate, help="first learning rate (default: --lr)")
+    paper.add_argument("--admm-lr", type=rate, help="first learning rate of ADMM (default: --lr)")
     paper.add_argument("--finetune-lr", type=rate, help="peak rate of fine-tuning (default: --lr)")
     paper.add_argument("--rho", type=number(1e-9, 1000),
                        help="default: min(1, 3 (1 - momentum) / steps) / admm_lr, steps of an epoch")
@@ -116,10 +116,10 @@ def factorisable(model):
     return dict(layers[1:-1])
 
 
-def cost(shape, rank, places=(1, 1)):
-    """[B] Parameters of a weight of that shape at that rank, None being dense; or, given places = (positions
+def cost(shape, rank, place=(1, 1)):
+    """[B] Parameters of a weight of that shape at that rank, None being dense; or, given place = (positions
     in the layer's input, in its output), its multiply-accumulates per image."""
-    (s, c, *kernel), (inputs, outputs) = shape, places
+    (s, c, *kernel), (inputs, outputs) = shape, place
     k2 = math.prod(kernel)
     if rank is None:
         return s * c * k2 * outputs
@@ -140,19 +140,19 @@ def positions(model, network):
 
 
 def budget_of(model, ratio, places=None):
-    """[D] floor(total / ratio) less the cost of what is kept; UsageFault if even ranks 1 cost more. Costs are
-    parameters, or with positions() multiply-accumulates."""
+    """[D] floor(total / ratio) less the cost of what is not factorised; UsageFault if even ranks 1 cost more.
+    Costs are parameters or, given positions(), multiply-accumulates."""
     total = sum(p.numel() for p in model.parameters())
     if places:
         total = sum(cost(model.get_submodule(n).weight.shape, None, place) for n, place in places.items())
-    least = kept = total
+    least = fixed = total
     for name, m in factorisable(model).items():
         costs = [cost(m.weight.shape, rank, places[name] if places else (1, 1)) for rank in (None, (1, 1))]
-        kept, least = kept - costs[0], least - costs[0] + min(costs)
+        fixed, least = fixed - costs[0], least - costs[0] + min(costs)
     if total // ratio < least:
-        most = total / least - 0.005
+        most = total / least - 0.005                             # so that .2f rounds down
         raise UsageFault(f"argument --ratio: {ratio:g} is not from 1 to {most:.2f}, what this network allows")
-    return int(total // ratio) - kept
+    return int(total // ratio) - fixed
 
 
 def full_rank(w):
@@ -171,19 +171,19 @@ def error_table(w):
     return (energy.sum() - kept).clamp_min(0)
 
 
-def chain(w, least, places=(1, 1)):
+def chain(w, least, place=(1, 1)):
     """Nested states (cost, relative error, rank) of a layer, from the ranks `least` to dense. Built from full
     rank down: each step lowers by one the rank that loses less energy for the cost saved."""
     table = (error_table(w) / w.double().square().sum().clamp_min(1e-300)).numpy()
     error = lambda rank: float(table[tuple(r - 1 for r in rank)])
-    rank, dense = full_rank(w), cost(w.shape, None, places)
+    rank, dense = full_rank(w), cost(w.shape, None, place)
     states = [(dense, 0.0, None)]
     while rank:
-        size = cost(w.shape, rank, places)
+        size = cost(w.shape, rank, place)
         if size < dense:
             states.append((size, error(rank), rank))
         def loss_per_cost(below):
-            return (error(below) - error(rank)) / (size - cost(w.shape, below, places))
+            return (error(below) - error(rank)) / (size - cost(w.shape, below, place))
         smaller = [(*rank[:mode], r - 1, *rank[mode + 1:]) for mode, r in enumerate(rank) if r > least[mode]]
         rank = min(smaller, key=loss_per_cost, default=None)
     return states[::-1]
@@ -368,8 +368,8 @@ def main(argv=None):
         return choose_ranks(weights, budget, args.rank_rule, places)
     ranks = run.compute_once("ranks", save_dense_and_choose_ranks)                   # [D]
 
-    # Phase 2: ADMM pulls the dense weights towards those ranks. W follows Z - U with time constant
-    # (1 - momentum) / (lr rho) steps: three fit the first epoch. If the rate rose first, U would wind up.
+    # Phase 2: ADMM pulls the dense weights towards those ranks. W follows Z - U with a time constant of
+    # (1 - momentum) / (lr rho) steps, a third of an epoch at first. If the rate rose first, U would wind up.
     rho = args.rho or min(1, 3 * (1 - args.momentum) / data.steps(args.batch_size)) / args.admm_lr
     admm = ADMM(layers, ranks, rho, args.hooi)
     optimizer, schedule = make_optimizer(model, args.admm_lr, args.admm_epochs, data, args, rise=0.0)
@@ -384,7 +384,7 @@ def main(argv=None):
     if not run.saved:                                                # else last.pt has the statistics
         count = min(200, data.steps(args.batch_size))
         reestimate_batchnorm_(model, data.batches(args.batch_size, run.generator), count)
-        # A copy with these statistics is attacked while the model's become those of attacked images.
+        # A copy keeps these statistics and is attacked; the model's become those of the attacked images.
         source = prepare(copy.deepcopy(model.cpu()), args).eval()
         model.to(args.device)
         reestimate_batchnorm_(model, ((pgd(source, x, y, args.epsilon, args.step_size, args.num_steps), y)
