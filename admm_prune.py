@@ -33,7 +33,7 @@ Sources
   1e-6), torch's initial weights (their MNIST LeNet's convolutions: Xavier's), the last epoch's network
   (theirs: the best on the test set), the reading of --mode ticket, removing dead filters, --group-residual:
   only with it does a ResNet-18 pruned 16 -> 4 become as small as one of width 4.
-To know: [G] keeps the dense network's running statistics. With our rho, digits' masks hardly move
+Note: [G] keeps the dense network's running statistics. With our rho, digits' masks hardly move
 (mask_changed in the log): Z is the one-shot cut. While the rate rises, U winds up, so that what is to be
 pruned swings past zero before it fades; with --admm-rise 0 it only fades. results/README.md has that and a
 rho that grows.
@@ -130,8 +130,8 @@ def phases_of(args):
 # ---------------------------------------------------------------- the method
 
 def first_rho(args, data):
-    """[D] --rho, or what lets three time constants (1 - momentum) / (lr rho), in which W follows Z - U at the
-    peak rate, fit the interval of updates; UsageFault where --rho-growth has no room below --rho-max."""
+    """[D] --rho, or a default by which W follows Z - U with a time constant, (1 - momentum) / (lr rho) steps,
+    of a third of the updates' interval at the peak rate. UsageFault if --rho-growth begins at --rho-max."""
     steps = args.admm_interval * data.steps(args.batch_size)
     rho = args.rho or min(1, 3 * (1 - args.momentum) / steps) / args.admm_lr     # lr rho far above 1 diverges
     if args.rho_growth > 1 and rho >= args.rho_max:
@@ -177,8 +177,8 @@ def project(w, mask):
 
 
 class ADMM:
-    """The penalty of [D] and the updates [E] and [F]; z, u, masks are {parameter: tensor like it}, for the
-    parameters [H] of which choose(parameters) gives masks.
+    """The penalty of [D] and the updates [E] and [F]; z, u, masks are {parameter: tensor like it}, for those
+    parameters that choose({name: parameter}) gives masks of [H].
 
     After each update rho grows by the factor `growth` up to rho_max, and u, which is the multiplier over rho,
     shrinks as much."""
@@ -254,7 +254,7 @@ def train_epoch(model, batches, optimizer, schedule, args, penalty=None, masks=N
 
 
 def read_ticket(args, network):
-    """Initial weights and masks that a pruning run left; UsageFault unless it pruned that network so."""
+    """The ticket.pt of a pruning run: initial weights and masks; UsageFault unless its flags agree."""
     if not Path(args.ticket).is_file() or not Path(args.ticket).with_name("dense.pt").is_file():
         raise UsageFault(f"argument --ticket: there is no file {args.ticket}, or no dense.pt beside it")
     ticket, made = read_artifact(args.ticket), dict(network=network, scheme=args.scheme, ratio=args.ratio)
@@ -337,7 +337,7 @@ def main(argv=None):
     if ticket:
         model.load_state_dict(ticket["state"])
     apply_masks_(model, masks)                                       # [G]
-    # What each layer's own mask keeps; removed filters take their readers' inputs along.
+    # Counted by each layer's own mask: removing filters removes inputs of the next layers too.
     kept = {name: int(mask.sum()) for name, mask in masks.items() if name.endswith("weight")}
     if args.scheme == "filter":
         model, masks = remove_filters_(model, masks)

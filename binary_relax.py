@@ -77,7 +77,7 @@ def get_args(argv=None):
                        help="per weight; 32 is float (default: 2)")
     paper.add_argument("--method", choices=("br", "bc"), default="br", help="bc, BinaryConnect: w = q always")
     paper.add_argument("--relax-epochs", type=whole(0, 10000), help="before the switch to quantised weights")
-    paper.add_argument("--relax-lr", type=rate, help="peak of both later phases (default: --lr / 2)")
+    paper.add_argument("--relax-lr", type=rate, help="peak rate of both later phases (default: --lr / 2)")
     paper.add_argument("--finetune-lr", type=rate,
                        help="instead: peak after the switch, a cycle of its own (theirs: --relax-lr / 100)")
     paper.add_argument("--adv-weight", type=number(0, 1000), default=8.0,
@@ -251,7 +251,7 @@ def without_dead(model, state, network):
         writers, _, readers = group
         count = len(state[f"{next(iter(writers))}.weight"])
         read = [state[f"{name}.weight"].flatten(1).T.reshape(count, -1) for name in readers]
-        alive = torch.cat(read, 1).any(1)                            # (channels,)
+        alive = torch.cat(read, 1).any(1)                            # (channels,), of (channels, all readers)
         alive[0] |= not alive.any()
         state = without_channels(state, [group], [alive])
     return state
@@ -374,7 +374,7 @@ def main(argv=None):
         fields |= {"lam": lam} if weights and args.method == "br" else {}
         run.log(epoch=epoch + 1, **fields, **zeros(), strength=strength)
 
-    # Phase 3: after the switch, quantised weights; lam = inf. Without it batch norm's averages lag behind q.
+    # Phase 3: after the switch, quantised weights; lam = inf. Without epochs here batch norm lags behind q.
     if weights and not args.finetune_epochs and not run.saved:
         with relaxed(weights, args.bits, math.inf):
             reestimate_batchnorm_(model, data.batches(args.batch_size, run.generator),

@@ -6,8 +6,8 @@ HYDRA: Pruning Adversarially Robust Neural Networks. NeurIPS 2020, arXiv 2002.10
 The idea: train for the robustness that you want, in every phase. The first paper prunes by magnitude (LWM),
 whatever the objective; HYDRA lets the objective decide, by training importance scores before the cut.
 
-  [A]  pre-train  min_w E L(w; x, y);  L, the same in all phases, is [F], [J], [K], [L], natural: CE(f(x), y),
-       or pgd: CE(f(x_adv), y), where x_adv maximises that
+  [A]  pre-train  min_w E L(w; x, y);  L, the same in all phases, is one of [F], [J], [K], [L], natural:
+       CE(f(x), y), and pgd: CE(f(x_adv), y), where x_adv maximises that
   [B]  m(s) = 1 for the ceil(n / ratio) largest |s| of a layer's n weights, else 0;  HYDRA's k is 1 / ratio
   [C]  s = sqrt(6 / fan_in) w / max |w|           HYDRA's scaled initialization; m(s) of it prunes the lowest
                                                   magnitudes (LWM)
@@ -16,7 +16,7 @@ whatever the objective; HYDRA lets the objective decide, by training importance 
   [F]  trades     CE(f(x), y) + beta KL(p(x) || p(x_adv)),  x_adv maximises that KL
   [G]  interval bounds: center c and radius r of a box become W c + b and |W| r; the last layer takes margins
   [H]  CROWN-IBP: margins as linear functions of x, each ReLU between two lines over its interval of [G]
-  [I]  symbolic intervals: so too, the lines both of slope u / (u - l), each layer's l and u from such lines
+  [I]  symbolic intervals: like [H], but both lines of slope u / (u - l), and l and u from such lines too
   [J]  crown-ibp  CE of the logits -lower(f_y - f_j), lower = share [H] + (1 - share) [G], share 1 to 0
   [K]  mixtrain   CE(f(x), y) + b mix CE of the logits -lower, [I], of k random images, b = 1 with probability
                   0.8, else 0;  mix = min(50, 0.1 * 2.5^floor(t / 5)), t: the phase's epochs at full radius
@@ -251,8 +251,9 @@ def margin_rows(last, y):
 def linear_bounds(layers, boxes, a, d, slope):
     """[H] Lower bounds (N, K) of d + <a, what layers give>, a (N or 1, K, ...), passed back to their input.
 
-    An unstable ReLU on [l, u] lies below the line u (z - l) / (u - l) and above slope * z: 1 or 0 as u or -l
-    is larger ("half"), 0 ("zero", never below [G]), or [I] the line's ("line": upper bounds come second)."""
+    An unstable ReLU on [l, u] lies below the line u (z - l) / (u - l) and above slope * z. The slope is
+    "half": 1 if u > -l, else 0; "zero": 0 (never below [G]); or [I] "line": that line's. Then upper bounds,
+    which are valid for "line" alone, are returned too."""
     gap = 0                                                          # from lower to upper bounds
     for layer, (lower, upper) in reversed([*zip(layers, boxes)]):
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -289,8 +290,8 @@ def margins(layers, boxes, y, slope=None):
 
 
 def symbolic_margins(layers, boxes, y, room=None):
-    """[I] Lower bounds (N, K) of f_y - f_j, once all units before ReLUs have theirs, a few at a time so that
-    tensors hold `room` numbers. Passing symbols of pixels and unstable ReLUs forward gives the same."""
+    """[I] Lower bounds (N, K) of f_y - f_j, after bounds of all units before ReLUs, of a few units at a time:
+    tensors hold about `room` numbers. Passing symbols of pixels and ReLUs forward gives the same."""
     room = room or (2**25 if y.is_cuda else 2**22)                   # a GPU wants few and large ones
     boxes, some = list(boxes), max(1, room // max(lower.numel() for lower, _ in boxes))
     for i, layer in enumerate(layers[:-1]):
@@ -345,8 +346,8 @@ def kl(p_logits, q_logits):
 
 
 def objective(model, x, y, args, strength, mix=0.1):
-    """[A] The loss of a batch, and the logits of which the log tells how many are right. The radius and the
-    step of the attack are multiplied by `strength`, with which [G]'s share in [J] grows; mix is [K]'s."""
+    """[A] The loss of a batch, and the logits by which the log counts correct images. `strength` multiplies
+    the attack's radius and step, and with it grows [G]'s share in [J]; mix is [K]'s."""
     epsilon = strength * args.epsilon
     if args.objective == "crown-ibp":
         layers, share = plain_layers(model), 1 - (1 - args.final_share) * strength
@@ -468,7 +469,7 @@ def main(argv=None):
         model, scores.masks(), filters=args.scheme == "filter").items()})
     masks = {name: mask.to(args.device) for name, mask in masks.items()}
     apply_masks_(model, masks)                                       # [E]
-    # What each layer's own mask keeps; removed filters take their readers' inputs along.
+    # Counted by each layer's own mask: removing filters removes inputs of the next layers too.
     kept = {name: int(mask.sum()) for name, mask in masks.items() if name.endswith("weight")}
     if args.scheme == "filter":
         model, masks = remove_filters_(model, masks)
