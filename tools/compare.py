@@ -44,13 +44,13 @@ OBJECTIVES = {"pgd": "", "natural": "clean images", "trades": "TRADES", "crown-i
               "mixtrain": "MixTrain", "smooth": "smoothing"}
 SCORES = {"lwm": "lowest magnitudes", "hydra": "HYDRA scores"}
 OF_SEED = {"seed", "pretrained", "ticket"}                       # flags that may differ with the seed
-ADDED = {"binary_relax": dict(finetune_lr=None), "admm_prune": dict(admm_rise=0.2)}      # older results lack
+ADDED = {"binary_relax": dict(finetune_lr=None), "admm_prune": dict(admm_rise=0.2)}      # not in old results
 FIRST_PHASE = {"admm_epochs", "prune_epochs", "relax_epochs"}
 UNSAID = FIRST_PHASE | {                                         # flags in words, or that follow from others
     "script", "ratio", "bits", "budget", "rank_rule", "scheme", "group_residual", "mode", "target_width",
     "scores", "objective", "method", "finetune_epochs", "admm_lr", "prune_lr", "relax_lr", "finetune_lr",
     "admm_rise", "step_size", "amp"}
-OF_DENSE = {                                                     # flags that shape its numbers
+OF_DENSE = {                                                     # flags that a dense network depends on
     "script", "dataset", "arch", "width", "mean", "std", "train_images", "pretrain_epochs", "batch_size",
     "lr", "amp", "momentum", "weight_decay", "epsilon", "step_size", "num_steps", "ramp_epochs", "objective",
     "beta", "sigma", "final_share", "mix_images", "adv_weight", "nat_weight", "noise", "eval_images",
@@ -200,8 +200,8 @@ def labels_of(rows):
 
 
 def dense_rows(rows):
-    """{label: dense networks} that the rows started from; if these differ, the label says in which flags, or
-    of which run they are, where several would be one of several seeds."""
+    """{label: dense networks} that the rows started from. If these differ, the label says in which flags; if
+    two of one seed differ in no flag, it names the run that they are of."""
     groups = []                                                  # of rows that share networks, one a seed
     for runs in rows:
         if runs[0]["args"].get("mode") == "scratch":             # there the network is its own dense one

@@ -1,4 +1,4 @@
-"""Evaluates a saved network: clean, under PGD, with sanity flags; and by other judges where asked for.
+"""Evaluates a saved network: clean, under PGD, with sanity flags; on request by other attacks, certified.
 
   python tools/evaluate.py runs/DIR/model.pt                     what result.json says (seed 0, its images)
   python tools/evaluate.py runs/DIR/model.pt --losses ce --constant-step --eval-step-size 2/255  Madry's PGD
@@ -35,7 +35,7 @@ def get_args(argv=None):
     parser.add_argument("--eval-images", type=whole(0),
                         help="a balanced subset, 0: all (default: on a CPU 1000, else all)")
     parser.add_argument("--epsilon", type=radius, help="a new one scales the stored step too")
-    parser.add_argument("--eval-step-size", "--step-size", dest="step_size", type=radius, help="the first")
+    parser.add_argument("--eval-step-size", "--step-size", dest="step_size", type=radius, help="first step")
     parser.add_argument("--constant-step", action="store_true", help="as in Madry's PGD; else it is annealed")
     parser.add_argument("--eval-steps", type=whole(1, 10000))
     parser.add_argument("--restarts", type=whole(1, 1000))
@@ -60,7 +60,7 @@ def get_args(argv=None):
     return args
 
 
-# ---------------------------------------------------------------- other judges
+# ---------------------------------------------------------------- other attacks
 
 def transfer(model, source, images, *, epsilon, step_size, num_steps, anneal=True, eot=10, seed=0):
     """Accuracy in per cent under PGD examples made on another network, `source`; of random networks as in
