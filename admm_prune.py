@@ -319,7 +319,7 @@ def main(argv=None):
             fields["rho"] = admm.rho
             fields["residual"], fields["mask_changed"] = admm.update()
         run.log(epoch=epoch + 1, **fields)
-    if admm.residuals and admm.residuals[-1] > min(0.25, 1.1 * min(admm.residuals)):
+    if admm.residuals and admm.residuals[-1] > min(0.25, 1.1 * min(admm.residuals)):     # large, or rising
         run.log(note="ADMM did not converge (see the residual); more --admm-epochs or another --rho may help")
 
     # Phase 3: the cut, and fine-tuning of what is left.

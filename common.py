@@ -283,8 +283,8 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def meet(collective, *args):
-    """collective(*args), one of torch's, if there are several processes."""
+def sync(collective, *args):
+    """collective(*args), one of torch's, if there are several processes; Fault if one is gone."""
     try:
         if world() > 1:
             collective(*args)
@@ -297,7 +297,7 @@ def average_(tensors):
     """Replaces each tensor by its mean over all processes in one message."""
     if world() > 1 and tensors:
         flat = torch.cat([t.flatten() for t in tensors])
-        meet(dist.all_reduce, flat)
+        sync(dist.all_reduce, flat)
         for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
             t.copy_(total.view_as(t) / world())
 
@@ -305,7 +305,7 @@ def average_(tensors):
 def by_rank_0(compute):
     """The plain data that compute() returns: rank 0 alone calls it and passes it to the others."""
     found = [compute() if rank() == 0 else None]
-    meet(dist.broadcast_object_list, found)
+    sync(dist.broadcast_object_list, found)
     return found[0]
 
 
@@ -794,7 +794,8 @@ def prepare(model, args):
     model.to(args.device, memory_format=torch.channels_last)
     torch.backends.cudnn.benchmark = True
     for m in model.modules():    # else oneDNN writes past a buffer in its backward pass (its issue 6035)
-        if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) != m.stride and m.in_channels < 16:
+        narrow = isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.in_channels < 16
+        if narrow and m.stride != (1, 1):
             m.weight.data = m.weight.data.clone(memory_format=torch.contiguous_format)
             m.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     if args.compile:
@@ -996,7 +997,7 @@ def first_broken_iterate(model, images, generator, *, epsilon, step_size, num_st
                             broken_at=at)
                 at[(logits_of(model, x_adv).argmax(1) != y) & (at > num_steps)] = num_steps
                 first[right] = at
-    meet(dist.all_reduce, out, dist.ReduceOp.MIN)
+    sync(dist.all_reduce, out, dist.ReduceOp.MIN)
     return out
 
 
@@ -1299,7 +1300,7 @@ class Run:
         self.computed, self.seconds, self.begin = {}, {}, time.time()
         labels = data.train[1].cpu().numpy()
         self.of_data = [len(labels), zlib.crc32(labels.tobytes())]       # a continued run has the same
-        meet(dist.barrier)                           # rank 0 may still be writing what it ran before this
+        sync(dist.barrier)                           # rank 0 may still be writing what it ran before this
         if (self.folder / "result.json").is_file():
             with fitting(self.folder / "result.json", "a run; without it --resume evaluates again"):
                 self.result = json.loads((self.folder / "result.json").read_text())
@@ -1307,7 +1308,7 @@ class Run:
             print(json.dumps(self.result, indent=1))
             return
         changed = self.read_checkpoint()
-        meet(dist.barrier)                                       # before rank 0 writes, all have looked
+        sync(dist.barrier)                                       # before rank 0 writes, all have looked
         if Run.active:                                           # stopped by a fault, in this process
             Run.active.file.close()
         self.file = open(os.devnull, "w") if rank() else self.open_log()
@@ -1436,7 +1437,7 @@ class Run:
         attack = dict(epsilon=args.epsilon, step_size=args.eval_step_size, num_steps=args.eval_steps,
                       seed=args.seed, eot=getattr(args, "eot", None) or 10)
         files = [self.folder / "dense.pt", self.folder / "model.pt"]
-        meet(dist.barrier)                                       # rank 0 has written them
+        sync(dist.barrier)                                       # rank 0 has written them
         (artifact, dense), (_, compact) = map(read_model, files)
         models = [m.to(device, memory_format=torch.channels_last) for m in (dense, compact)]
         found = [evaluate(m, self.data.test, restarts=args.restarts, extra_metrics=extra_metrics, **attack)

@@ -376,7 +376,7 @@ def main(argv=None):
     for epoch in run.epochs("admm", model=model, optimizer=optimizer, schedule=schedule, admm=admm):
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, admm.penalty)
         run.log(epoch=epoch + 1, **fields, rho=rho, residual=admm.update())
-    if admm.residuals and admm.residuals[-1] > min(0.25, 1.1 * min(admm.residuals)):
+    if admm.residuals and admm.residuals[-1] > min(0.25, 1.1 * min(admm.residuals)):     # large, or rising
         run.log(note="ADMM did not converge (see the residual); more --admm-epochs or another --rho may help")
 
     # Phase 3: the cut, and fine-tuning of the factors.

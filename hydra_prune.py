@@ -60,10 +60,10 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from common import (RECIPES, Fault, Run, apply_masks_, autocast, build_network, channel_groups, check_finite,
-                    cli, evaluating, interval, load_data, load_pretrained, make_optimizer, meet, network_of,
-                    number, parameter_masks, per_cent, pgd, prepare, progress, ramp, rank, rate,
-                    removable_groups, remove_filters_, resize_, resolve, save_model, script_parser, to_float,
-                    topk_mask, whole, world)
+                    cli, evaluating, interval, load_data, load_pretrained, make_optimizer, network_of, number,
+                    parameter_masks, per_cent, pgd, prepare, progress, ramp, rank, rate, removable_groups,
+                    remove_filters_, resize_, resolve, save_model, script_parser, sync, to_float, topk_mask,
+                    whole, world)
 
 OBJECTIVES = ("natural", "pgd", "trades", "crown-ibp", "mixtrain", "smooth")
 BOUNDED = ("crown-ibp", "mixtrain")
@@ -331,7 +331,7 @@ def verify(model, images, epsilon, robust):
                 x, y = to_float(images[0][part]).double(), images[1][part]
                 lower = bound(layers, interval_boxes(layers, x, epsilon), y).scatter(1, y[:, None], 1.0)
                 verified[part] = (lower > 0).all(1)
-            meet(dist.all_reduce, verified, dist.ReduceOp.MAX)
+            sync(dist.all_reduce, verified, dist.ReduceOp.MAX)
     if (verified & ~robust).any():
         raise Fault("an image that the bounds verify was misclassified: the bounds are not sound")
     return dict(verified_acc=per_cent(verified), verified_ci=interval(per_cent(verified), len(verified)))

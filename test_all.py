@@ -2113,7 +2113,7 @@ def test_whatever_ends_a_program_is_one_line(tmp_path, monkeypatch):
         ends(main, [], monkeypatch, 1, "out of memory")
     with monkeypatch.context() as two, pytest.raises(common.Fault, match="reach .Cuda failure 2"):
         two.setattr(common, "world", lambda: 2)
-        common.meet(Mock(side_effect=RuntimeError("NCCL error in: a.cpp:1\nLast error:\nCuda failure 2")))
+        common.sync(Mock(side_effect=RuntimeError("NCCL error in: a.cpp:1\nLast error:\nCuda failure 2")))
     unreachable = Mock(side_effect=OSError("Network is unreachable"))
     monkeypatch.setattr(pytest.importorskip("torchvision.datasets"), "CIFAR10", unreachable)
     ends(cstar.main, ["--data-dir", tmp_path], monkeypatch, 1, "unreachable.*--dataset digits")
@@ -2680,7 +2680,7 @@ def leave():
     if common.rank():
         os._exit(0)
     with pytest.raises(common.Fault, match="out of reach"):
-        common.meet(torch.distributed.barrier)
+        common.sync(torch.distributed.barrier)
 
 
 def test_two_processes_say_what_ended_them_once(tmp_path):
