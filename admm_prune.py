@@ -322,6 +322,8 @@ def main(argv=None):
     if admm.residuals and admm.residuals[-1] > min(0.25, 1.1 * min(admm.residuals)):     # large, or rising
         run.log(note="ADMM did not converge (see the residual); more --admm-epochs or another --rho may help")
 
+    residual = run.compute_once("residual", lambda: (admm.residuals or [None])[-1])
+
     # Phase 3: the cut, and fine-tuning of what is left.
     def choose_and_save_ticket():
         if ticket:
@@ -348,7 +350,7 @@ def main(argv=None):
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, masks=masks, strength=strength)
         run.log(epoch=epoch + 1, **fields)
     save_model(run.folder / "model.pt", run.script, "compact", network, model, args)
-    return run.finish(kept=kept, rho=rho if phases["admm"] else None)
+    return run.finish(kept=kept, rho=rho if phases["admm"] else None, residual=residual)
 
 
 if __name__ == "__main__":

@@ -789,10 +789,11 @@ def autocast(args):
     return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.amp)
 
 
-def prepare(model, args):
-    """The network on its device, in the fast memory layout, compiled where --compile says so."""
+def prepare(model, args, tf32=True):
+    """The network on its device, in the fast memory layout, compiled where --compile says so. tf32: whether
+    a GPU's float32 convolutions may be rounded to it from now on."""
     model.to(args.device, memory_format=torch.channels_last)
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, tf32
     for m in model.modules():    # else oneDNN writes past a buffer in its backward pass (its issue 6035)
         narrow = isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.in_channels < 16
         if narrow and m.stride != (1, 1):
@@ -1271,6 +1272,17 @@ def published_state(content, model, path):
 
 
 # ---------------------------------------------------------------- the run
+def default_folder(script, flags):
+    """runs/ and a name of the script, its sizes, and its flags whose value is a word."""
+    words = [script]
+    for k, v in flags.items():
+        if k in ("width", "seed", "ratio", "bits") and v is not None:
+            words.append(f"{k[0]}{v:g}")
+        elif k in ("dataset", "arch") or re.fullmatch("[a-z-]+", str(v)):
+            words.append(Path(v).name)                               # a data set may be a path
+    return f"runs/{'-'.join(words)}"
+
+
 class Run:
     """One run's output folder: its log, its checkpoint and its result. phases: {name: epochs}, in order.
     A continued run goes through main again: epochs() gives nothing for the phases that are over, then loads
@@ -1284,13 +1296,7 @@ class Run:
         self.args, self.data, self.script, self.phases = args, data, Path(script).stem, phases
         may_differ = ("output", "resume", "data_dir", "workers", "device")       # in a continued run
         self.flags = {k: v for k, v in vars(args).items() if k not in may_differ}
-        words = [self.script]                                    # then sizes, and flags whose value is a word
-        for k, v in self.flags.items():
-            if k in ("width", "seed", "ratio", "bits") and v is not None:
-                words.append(f"{k[0]}{v:g}")
-            elif k in ("dataset", "arch") or re.fullmatch("[a-z-]+", str(v)):
-                words.append(Path(v).name)                           # a data set may be a path
-        args.output = args.output or f"runs/{'-'.join(words)}"
+        args.output = args.output or default_folder(self.script, self.flags)
         self.folder = Path(args.output)
         if not self.script.isidentifier() or not Path(__file__).with_name(f"{self.script}.py").is_file():
             raise UsageFault(f"{script} must lie beside common.py, with only letters, digits and _ in its "

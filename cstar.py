@@ -379,6 +379,8 @@ def main(argv=None):
     if admm.residuals and admm.residuals[-1] > min(0.25, 1.1 * min(admm.residuals)):     # large, or rising
         run.log(note="ADMM did not converge (see the residual); more --admm-epochs or another --rho may help")
 
+    residual = run.compute_once("residual", lambda: (admm.residuals or [None])[-1])
+
     # Phase 3: the cut, and fine-tuning of the factors.
     model = prepare(factorise_(model, ranks, args.hooi), args)       # [H]
     if not run.saved:                                                # else last.pt has the statistics
@@ -393,7 +395,7 @@ def main(argv=None):
     for epoch in run.epochs("finetune", model=model, optimizer=optimizer, schedule=schedule):
         run.log(epoch=epoch + 1, **train_epoch(model, run.batches(), optimizer, schedule, args))
     save_model(run.folder / "model.pt", run.script, "compact", network, model, args, ranks=ranks)
-    return run.finish(ranks=ranks, rho=rho if args.admm_epochs else None)
+    return run.finish(ranks=ranks, rho=rho if args.admm_epochs else None, residual=residual)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,6 @@ def get_args(argv=None):
         if args.amp == "on" or args.compile:
             parser.error(f"argument --objective: {args.objective} trains in float32, without torch.compile")
         args.amp = "off"
-    torch.backends.cudnn.allow_tf32 = args.objective not in BOUNDED  # bounds need all digits
     args = resolve(parser, args, **own, **defaults)
     if args.objective in ("natural", "smooth", *BOUNDED):
         args.step_size = args.num_steps = None                       # nothing reads them
@@ -437,7 +436,8 @@ def main(argv=None):
     run = Run(args, data, __file__, phases, argv)
     if run.result:
         return run.result
-    model, steps = prepare(model, args), data.steps(args.batch_size)
+    tf32 = args.objective not in BOUNDED                             # bounds need all digits
+    model, steps = prepare(model, args, tf32), data.steps(args.batch_size)
 
     # Phase 1: a dense robust network; the radius grows in its first epochs, step by step.
     optimizer, schedule = optimizer_of(model, args.lr, phases["pretrain"], data, args)
@@ -473,7 +473,7 @@ def main(argv=None):
     kept = {name: int(mask.sum()) for name, mask in masks.items() if name.endswith("weight")}
     if args.scheme == "filter":
         model, masks = remove_filters_(model, masks)
-    model, masks = prepare(model, args), {name: mask for name, mask in masks.items() if not mask.all()}
+    model, masks = prepare(model, args, tf32), {name: mask for name, mask in masks.items() if not mask.all()}
     optimizer, schedule = optimizer_of(model, args.finetune_lr, phases["finetune"], data, args)
     for epoch in run.epochs("finetune", model=model, optimizer=optimizer, schedule=schedule):
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, masks=masks, t=epoch)

@@ -1897,11 +1897,13 @@ def test_resume_equals_the_whole_run_bit_for_bit(whole, zoo, tmp_path, script, m
     """Stopped right after every checkpoint: before, within and at the end of each of the three phases."""
     more = zoo if more == "photos" else more.split()
     how = {} if script is cstar else dict(evaluate=False)        # one script is enough for the evaluation
-    folder, run = whole(script, *more, **how)[0], tmp_path / "run"
+    (folder, wanted), run = whole(script, *more, **how), tmp_path / "run"
     for i in range(saves):
         stopped(1, lambda: tiny(run, *more, *["--resume"] * (i > 0), script=script))
         torch.manual_seed(12345)                                 # whatever came between
-    tiny(run, *more, "--resume", script=script, **how)
+    found = tiny(run, *more, "--resume", script=script, **how)
+    assert torch.backends.cudnn.allow_tf32 == ("mixtrain" not in more)
+    assert all(found[k] == wanted[k] for k in {"residual", "kept", "mask_changed"} & wanted.keys())
     assert all(same_weights(folder / name, run / name) for name in ("model.pt", "dense.pt"))
     lines = [[{k: v for k, v in line.items() if k not in ("seconds", "output")} for line in log_of(f)]
              for f in (folder, run)]
@@ -1986,7 +1988,8 @@ def test_admm_that_did_not_converge_is_told(script, residuals, told, tmp_path, m
         return admm.residuals[-1] if script is cstar else (admm.residuals[-1], 0.0)
     monkeypatch.setattr(script.ADMM, "update", update)
     monkeypatch.setattr(script, "train_epoch", lambda *_, **more: dict(loss=0.0))
-    tiny(tmp_path / "run", *UNTRAINED, "--admm-epochs", "3", script=script, evaluate=False)
+    result = tiny(tmp_path / "run", *UNTRAINED, "--admm-epochs", "3", script=script, evaluate=False)
+    assert result["residual"] == residuals[2]
     assert any("ADMM did not converge" in line.get("note", "") for line in log_of(tmp_path / "run")) == told
 
 
