@@ -196,17 +196,24 @@ def test_data_of_torchvision_are_their_pixels_and_splits(tmp_path, monkeypatch, 
     assert [len(x) for x, _ in (data.train, data.test)] == [30, 20] and (data.crop, data.flip) == varied
 
 
-def test_data_batches_crop_and_flip_each_image_by_itself():
-    """Of 400 copies of one image, all places of a crop occur, mirrored and not, and nothing else."""
+def test_data_batches_crop_and_flip_each_image_by_itself(monkeypatch):
+    """Of 401 copies of one image, all places of a crop occur, half of them mirrored, and nothing else."""
     image = torch.arange(20, dtype=torch.uint8).view(4, 5)
-    padded, pair = F.pad(image, (1,) * 4), (image.expand(400, 1, -1, -1), torch.zeros(400))
+    padded, pair = F.pad(image, (1,) * 4), (image.expand(401, 1, -1, -1), torch.zeros(401))
     places = [padded[dy:dy + 4, dx:dx + 5] for dy, dx in itertools.product(range(3), range(3))]
     for crop, views in ((0, [image]), (1, places)):
         for flip, wanted in ((False, views), (True, views + [view.flip(1) for view in views])):
             data = common.Data(pair, pair, [], crop, flip)
-            (x, _), = data.batches(400, torch.Generator().manual_seed(0))
+            (x, _), = data.batches(401, torch.Generator().manual_seed(0))
             found = {tuple(pixels) for pixels in (255 * x).round().flatten(1).tolist()}
             assert found == {tuple(view.flatten().tolist()) for view in wanted}
+            mirrored = x[:, 0, 1, 1] > x[:, 0, 1, 3]
+            assert mirrored.double().mean().item() == pytest.approx(0.5 * flip, abs=0.1)
+    monkeypatch.setattr(common, "world", lambda: 2)              # equal shares of what one process gets
+    for one in (0, 1):
+        monkeypatch.setattr(common, "rank", lambda: one)
+        (share, _), = data.batches(401, torch.Generator().manual_seed(0))
+        assert torch.equal(share, x[one:400:2])
 
 
 def write_images(root, mode="RGB", size=(8, 8), test="test", grow=0):
@@ -248,22 +255,33 @@ def test_data_class_folders_are_their_pixels_whatever_lies_beside_them(tmp_path,
     if mode == "RGB":
         Image.fromarray(pixels[..., 0]).save(zoo / "train/ant/0.png")
         first.train[0][0] = torch.from_numpy(pixels[..., 0].copy())
+    shutil.copytree(zoo / "train", zoo / "val")                  # beside a test it is not looked at
+    assert torch.equal(common.load_data(args).test[0], first.test[0])
     args.dataset = zoo.rename(tmp_path / "mnist").name
     again = common.load_data(args)
     assert torch.equal(first.train[0], again.train[0]) and torch.equal(first.test[1], again.test[1])
     monkeypatch.setattr(common, "PHOTO", 8)                      # networks for photos want colour
     assert common.load_data(args).train[0].shape == (12, 3, 8, 9)
+    (tmp_path / "deep.pgm").write_bytes(b"P5 8 9 65535\n" + bytes(2 * 72))
+    with pytest.raises(common.Fault, match="deep.pgm cannot .* not 8 bits"):
+        common.read_image(tmp_path / "deep.pgm")
 
 
 # ---------------------------------------------------------------- networks
-@pytest.mark.parametrize("arch, channels, size, other, counts", [        # papers' tables: width -> parameters
-    ("lenet", 1, 28, (8, 12), {1: 13514, 2: 52506, 4: 206954, 8: 821706, 16: 3274634}),
-    ("lenet", 3, 32, (20, 16), {1: 62006, 2: 244962, 4: 973754, 8: 3882858, 16: 15507146}),
-    ("vgg16", 3, 32, (32, 40), {1: 58686, 2: 232274, 4: 924186, 8: 3686954, 16: 14728266}),
-    ("resnet18", 3, 32, (9, 8), {1: 44622, 2: 176402, 4: 701466, 8: 2797610, 16: 11173962}),
-    ("wrn28_4", 3, 32, (5, 4), {16: 5849050}),
-    ("cnn_small", 1, 28, (8, 12), {16: 166406}), ("cnn_large", 3, 32, (8, 7), {16: 2466858})])
-def test_networks_have_the_papers_parameter_counts_and_take_other_sizes(arch, channels, size, other, counts):
+@pytest.mark.parametrize("arch, channels, size, other, layers, counts", [        # width -> parameters
+    ("lenet", 1, 28, (8, 12), [3, 2, 0], {1: 13514, 2: 52506, 4: 206954, 8: 821706, 16: 3274634}),
+    ("lenet", 3, 32, (20, 16), [4, 2, 0],
+     {1: 62006, 2: 244962, 4: 973754, 8: 3882858, 16: 15507146}),
+    ("vgg16", 3, 32, (32, 40), [13, 5, 1], {1: 58686, 2: 232274, 4: 924186, 8: 3686954, 16: 14728266}),
+    ("resnet18", 3, 32, (9, 8), [17, 0, 1], {1: 44622, 2: 176402, 4: 701466, 8: 2797610, 16: 11173962}),
+    ("wrn28_4", 3, 32, (5, 4), [25, 0, 1], {16: 5849050}),
+    ("cnn_small", 1, 28, (8, 12), [3, 0, 0], {16: 166406}),
+    ("cnn_large", 3, 32, (8, 7), [6, 0, 0], {16: 2466858})])
+def test_networks_have_the_papers_parameter_counts_and_take_other_sizes(
+        arch, channels, size, other, layers, counts, monkeypatch):
+    """Parameters are those of the papers' tables; layers are those of ReLU, max pooling, mean pooling."""
+    called, relu = [], F.relu
+    monkeypatch.setattr(F, "relu", lambda x, inplace=False: called.append(1) or relu(x))
     with torch.device("meta"):
         for width, count in counts.items():
             model = common.build_network(arch, width, channels, 10, (size, size))
@@ -271,6 +289,8 @@ def test_networks_have_the_papers_parameter_counts_and_take_other_sizes(arch, ch
     odd = channels if channels == 1 else channels + 1            # of one channel LeNet is another network
     model = common.build_network(arch, 1, odd, 7, other)
     assert model(torch.rand(2, odd, *other)).shape == (2, 7)
+    pools = [sum(type(m) is kind for m in model.modules()) for kind in (nn.MaxPool2d, nn.AdaptiveAvgPool2d)]
+    assert [len(called), *pools] == layers
     with pytest.raises(common.UsageFault, match="too deep"):
         common.build_network(arch, 1, channels, 7, (3, 3))
 
@@ -283,6 +303,11 @@ def test_resnet18_has_the_common_layer_names_and_macs_that_equal_the_sum_by_hand
         side = 32 // 2**i
         total += side * side * (9 * w[i] * w[i + 1] + 3 * 9 * w[i + 1] ** 2 + (w[i] * w[i + 1] if i else 0))
     network = dict(arch="resnet18", width=16, channels=3, classes=10, size=[32, 32])
+    assert common.count_macs(common.build_network(**network), network) == total
+    network, w, total = network | dict(arch="vgg16"), [3], 512 * 10
+    for i, (c, count) in enumerate(((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))):
+        w = [w[-1]] + [c] * count
+        total += sum((32 // 2**i) ** 2 * 9 * a * b for a, b in itertools.pairwise(w))
     assert common.count_macs(common.build_network(**network), network) == total
 
 
@@ -318,6 +343,9 @@ def test_pgd_reaches_the_closed_form_optimum_of_a_linear_network():
         asked.append(1) or next(factors) * logits[:, 0]))
     assert len(asked) == 9
     assert torch.allclose(x_adv, (x - 0.1 * w[0].sign().view(1, 3, 2, 2)).clamp(0, 1), atol=1e-6)
+    factors = iter((math.inf, 1.0, 1.0))                         # at the first step alone
+    with pytest.raises(common.Fault, match="gradient is not finite"):
+        common.pgd(linear(w), x, y, 0.1, 0.1, 3, loss=lambda logits, _: next(factors) * logits[:, 0])
     logits = torch.tensor([[1.0, 4.0, 2.5], [3.0, 0.0, -1.0]])
     assert torch.equal(common.margin_loss(logits, torch.tensor([2, 0])), torch.tensor([1.5, -3.0]))
 
@@ -405,6 +433,30 @@ def test_what_is_logged_is_the_mean_over_images_without_the_penalty(script):
     loss, right = F.cross_entropy(logits, y).item(), 100 * (logits.argmax(1) == y).double().mean().item()
     assert found["loss"] == pytest.approx(loss * (9 if script is binary_relax else 1), rel=1e-4)
     assert found["train_robust_acc"] == pytest.approx(right)
+
+
+@pytest.mark.parametrize("script", [cstar, admm_prune])
+def test_admm_step_goes_down_the_loss_and_the_penalty(script):
+    args, model = digits_args(script, "--num-steps 0"), linear(conv_weight(10, 64).float())
+    x, y, w, args.epsilon = torch.rand(8, 1, 8, 8), torch.arange(8), model[1].weight, 0.0
+    gradient, = torch.autograd.grad(F.cross_entropy(model(x), y) + 3 * w.square().sum(), w)
+    wanted = w.detach() - 0.1 * gradient
+    optimizer = sgd(model.parameters(), 0.1)
+    script.train_epoch(model, [(x, y)], *optimizer, args, lambda: 3 * w.square().sum())
+    assert torch.allclose(w, wanted, atol=1e-6)
+
+
+@every_script
+def test_losses_are_of_float32_where_products_are_of_bfloat16(script, monkeypatch):
+    args, model = digits_args(script, "--num-steps 1"), linear(conv_weight(10, 64).float())
+    dtypes, loss = [], F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", lambda logits, *y, **more: (
+        dtypes.append(logits.dtype) or loss(logits, *y, **more)))
+    args.amp = True
+    model.register_forward_hook(lambda model, inputs, out: dtypes.append(out.dtype))
+    optimizer, batch = sgd(model.parameters(), 0.1), (torch.rand(8, 1, 8, 8), torch.arange(8))
+    script.train_epoch(model, [batch], *optimizer, args)
+    assert dtypes[-1] == torch.float32 and dtypes.count(torch.float32) == dtypes.count(torch.bfloat16)
 
 
 @pytest.mark.parametrize("script, more", [*((s, "--finetune-lr 0.03") for s in SCRIPTS), (binary_relax, "")])
@@ -501,6 +553,9 @@ def test_evaluate_counts_the_clean_image_and_the_last_iterate():
     x, y = torch.tensor([100, 140, 200], dtype=torch.uint8).view(3, 1, 1, 1), torch.tensor([1, 1, 1])
     found = common.evaluate(model, (x, y), epsilon=0.1, step_size=0.1, num_steps=1, random_start=False)
     assert (found["clean_acc"], found["robust_acc"]) == (66.667, 33.333)
+    many = x[1:2].expand(40, 1, 1, 1), y[:1].expand(40)          # some break where the attack begins
+    found = common.evaluate(model, many, epsilon=0.1, step_size=0.1, num_steps=1)
+    assert (found["clean_acc"], found["robust_acc"]) == (100, 0)
 
 
 def test_intervals_are_scipys():
@@ -586,16 +641,17 @@ def test_evaluate_of_a_random_network_is_repeatable_and_takes_the_losses_in_turn
 
 
 def test_noisy_verdict_is_that_of_the_worst_restart(monkeypatch):
-    """Of a linear network with little noise; the first restart breaks both images, the second none."""
+    """Of a linear network with little noise; the first restart breaks both images, the second none, the
+    third one of them, half of the time."""
     def attack(model, x, *_, **more):
         return x - next(shifts)
-    model, shifts = linear(torch.tensor([[0.0], [1.0]])), iter([0.2, 0.0])
+    model, shifts = linear(torch.tensor([[0.0], [1.0]])), iter([0.2, 0.0, 150 / 255 - 0.5])
     model[1].bias.data = torch.tensor([0.5, 0.0])
     noisy = Wrapped(model, lambda inner, x: inner(x) + 1e-3 * torch.randn(len(x), 2))
     images = torch.tensor([150, 160], dtype=torch.uint8).view(2, 1, 1, 1), torch.tensor([1, 1])
     monkeypatch.setattr(common, "pgd", attack)
-    found = common.evaluate(noisy, images, epsilon=0.2, step_size=0.2, num_steps=1, restarts=2)
-    assert (found["clean_acc"], found["robust_acc"]) == (100, 0)
+    found = common.evaluate(noisy, images, epsilon=0.2, step_size=0.2, num_steps=1, restarts=3)
+    assert (found["clean_acc"], found["robust_acc"], found["attack"]["draws"]) == (100, 0, 10)
 
 
 def test_evaluating_on_the_cpu_puts_a_gpus_random_numbers_back(robust, monkeypatch):
@@ -605,8 +661,12 @@ def test_evaluating_on_the_cpu_puts_a_gpus_random_numbers_back(robust, monkeypat
     for used in (False, True):
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: used)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 3 if used else pytest.fail("none is used"))
+        torch.set_float32_matmul_precision("medium")
         with common.evaluating(robust):
-            pass
+            cudnn = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic
+            assert (torch.get_float32_matmul_precision(), cudnn) == ("highest", (False, True))
+        assert torch.get_float32_matmul_precision() == "medium"
+        torch.set_float32_matmul_precision("highest")
     assert [*map(list, kept)] == [[], [0, 1, 2]]
 
 
@@ -709,6 +769,7 @@ def test_cstar_ranks_are_near_an_exhaustive_search():
         # What nesting may cost: the step that does not fit is left out, though a smaller one elsewhere would.
         assert error <= 1.05 * min(e for c, e in picks if c <= budget - largest_step) + 1e-9
     assert cstar.choose_ranks(weights, total) == dict.fromkeys(weights)
+    assert cstar.choose_ranks(weights, total, "uniform") == dict.fromkeys(weights)   # as it costs no more
 
 
 def test_cstar_chain_lowers_the_rank_that_loses_less_for_the_cost_it_saves():
@@ -803,8 +864,20 @@ def test_cstar_factorised_layer_equals_the_projected_one(layer, rank, size):
     assert sum(p.numel() for p in thin.parameters()) == count
 
 
+def test_cstar_sweeps_are_those_of_every_projection_and_of_the_cut_and_rho_has_a_cap(tmp_path, monkeypatch):
+    """Two layers: their tables of errors, which need none; Z at first and at the update; the factors."""
+    sweeps, tucker2 = [], cstar.tucker2
+    monkeypatch.setattr(cstar, "tucker2", lambda w, rank, hooi=0: (
+        sweeps.append(hooi) or tucker2(w, rank, hooi)))
+    flags = "--ratio 2 --admm-epochs 1 --hooi 2 --momentum 0 --train-images 64 --arch lenet --num-steps 0"
+    found = tiny(tmp_path, *UNTRAINED, *flags.split(), evaluate=False)
+    assert sweeps == [0] * 2 + [2] * 6 and None not in found["ranks"].values()
+    assert found["rho"] == pytest.approx(1 / 0.1)                # 3 / (rate * 2 steps) would diverge
+
+
 def test_cstar_batch_norm_is_the_average_over_batches_of_attacked_images(tmp_path, monkeypatch):
-    """Attacked by an attack that makes all images black: the first convolution then gives zeros."""
+    """Attacked by an attack that makes all images black: the first convolution then gives zeros. It sees
+    the statistics of clean images."""
     model = nn.Sequential(nn.BatchNorm2d(2))
     batches = [(torch.randn(8, 2, 3, 3) + i, None) for i in range(4)]
     cstar.reestimate_batchnorm_(model, batches, 3)
@@ -812,7 +885,7 @@ def test_cstar_batch_norm_is_the_average_over_batches_of_attacked_images(tmp_pat
     assert torch.allclose(model[0].running_mean, average, atol=1e-6) and model[0].momentum == 0.1
     modes = []
     def blacken(model, x, *_):
-        modes.append(model.training)
+        modes.append((model.training, bool(model.bn1.running_mean.any())))
         return 0 * x
     for pgd, black in ((common.pgd, False), (blacken, True)):
         monkeypatch.setattr(cstar, "pgd", pgd)
@@ -820,7 +893,7 @@ def test_cstar_batch_norm_is_the_average_over_batches_of_attacked_images(tmp_pat
         tiny(tmp_path / str(black), *flags, evaluate=False)
         mean = common.load_model(tmp_path / str(black) / "model.pt").bn1.running_mean
         assert (mean.abs().max() == 0) == black
-    assert modes == [False] * 8                                  # 4 batches of training, 4 of statistics
+    assert modes == [(False, False)] * 4 + [(False, True)] * 4   # 4 batches of training, 4 of statistics
 
 
 # ---------------------------------------------------------------- ADMM pruning
@@ -830,7 +903,8 @@ SCHEMES = ["filter", "column", "irregular"]
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("ratio", [1, 1.1, 4 / 3, 2, 16 / 5, 10, 16, 10000])
 def test_admm_projection_keeps_ceil_n_over_ratio_units_of_most_energy_the_first_of_equal_ones(scheme, ratio):
-    others = torch.full((9, 9), 1e-30), torch.randn(6, 27).round(), conv_weight(4, 3, 2, 1), conv_weight(2, 5)
+    others = (torch.full((9, 9), 1e-30), 1e-30 * torch.arange(81.0).view(9, 9), torch.randn(6, 27).round(),
+              conv_weight(4, 3, 2, 1), conv_weight(2, 5))
     for w in (torch.ones(64, 3, 3, 3), torch.zeros(7, 5), *others):
         before, squares = w.clone(), w.flatten(1).double().square()
         energy = dict(filter=squares.sum(1), column=squares.sum(0), irregular=squares.flatten())[scheme]
@@ -878,7 +952,7 @@ def test_admm_smaller_network_equals_the_masked_one(arch, channels, size, groupe
     model = shaken(arch, 2, channels, size)
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
-            m.eps = 0.1                                          # a fork's
+            m.eps, m.momentum = 0.1, 0.3                         # a fork's
     chosen = filter_masks(model, 2, grouped)
     for names, _, _ in common.channel_groups(model) if grouped else ():      # one mask, by the joint norm
         joint = sum(model.get_submodule(name).weight.flatten(1).square().sum(1) for name in names)
@@ -897,6 +971,7 @@ def test_admm_smaller_network_equals_the_masked_one(arch, channels, size, groupe
     common.apply_masks_(model, masks)
     small, left = common.remove_filters_(copy.deepcopy(model).eval(), masks)
     assert not any(m.training for m in small.modules())
+    assert {m.momentum for m in small.modules() if isinstance(m, nn.BatchNorm2d)} <= {0.3}
     x = torch.rand(6, channels, size, size).double()
     assert (small(x) - constants(x)).abs().max() > 1e-3 * constants(x).abs().max()
     for training in (False, True):                               # with running and with batch statistics
@@ -1017,6 +1092,21 @@ def test_admm_ticket_is_the_initial_network_cut_like_the_pruned_one(whole, tmp_p
         admm_prune.main([*flags, "--mode", "ticket", "--ticket", str(tmp_path / "ticket.pt")])
 
 
+def test_admm_ticket_of_another_network_scheme_or_ratio_is_refused(tmp_path):
+    def read(network, **changed):
+        return admm_prune.read_ticket(Mock(ticket=str(tmp_path / "ticket.pt"), **made | changed), network)
+    network = dict(arch="lenet", width=1, channels=1, classes=10, size=[8, 8])
+    made = dict(scheme="filter", ratio=2)
+    model, args = common.build_network(**network), digits_args(admm_prune)
+    for kind, more in (("dense", {}), ("ticket", made | dict(masks={"0.weight": model[0].weight > 0}))):
+        common.save_model(tmp_path / f"{kind}.pt", "admm_prune", kind, network, model, args, **more)
+    assert read(network)["kind"] == "ticket"
+    for other, changed in ((network, dict(scheme="column")), (network, dict(ratio=3)),
+                           (network | dict(width=2), {})):
+        with pytest.raises(common.UsageFault, match="is not a ticket of"):
+            read(other, **changed)
+
+
 @pytest.mark.parametrize("script, ticket", [(cstar, ""), (admm_prune, ""), (admm_prune, "--mode ticket"),
                                             (binary_relax, "")])
 def test_radius_and_step_ramp_up_together(whole, tmp_path, monkeypatch, script, ticket):
@@ -1072,8 +1162,12 @@ def test_files_leave_zeros_out_and_give_them_back(tmp_path):
         count, kept = (sum(f(p) for p in model.parameters()) for f in (torch.numel, torch.count_nonzero))
         assert 8 * (os.path.getsize(path) - 4 * int(kept)) / count < most_bits
     model.register_buffer("order", torch.arange(6).view(2, 3))
-    common.save_model(path, "admm_prune", "compact", network, model, digits_args(cstar))
-    assert torch.equal(common.read_artifact(path)["state"]["order"], model.order)
+    args = digits_args(binary_relax, "--eot 3 --restarts 2 --eval-step-size 0.1")
+    common.save_model(path, "admm_prune", "compact", network, model, args)
+    artifact = common.read_artifact(path)
+    assert torch.equal(artifact["state"]["order"], model.order)
+    assert artifact["attack_settings"] == dict(dataset="digits", epsilon=0.2, step_size=0.1, eval_steps=20,
+                                               restarts=2, eot=3)
 
 
 # ---------------------------------------------------------------- HYDRA: scores and masks
@@ -1217,7 +1311,7 @@ def chain(seed, kind="linear"):
     torch.manual_seed(seed)
     if kind == "odd":                                            # sizes that a stride does not divide
         layers = [nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2), nn.ReLU(), nn.Conv2d(
-            4, 4, (2, 3), stride=(2, 1), padding=(0, 1), dilation=(1, 2), bias=False), nn.ReLU(inplace=True),
+            4, 4, (2, 3), stride=(2, 1), padding=(0, 1), dilation=(2, 2), bias=False), nn.ReLU(inplace=True),
             nn.Flatten(), nn.LazyLinear(3)]
     elif kind == "linear":
         layers = [nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 3)]
@@ -1294,7 +1388,8 @@ def test_hydra_bounds_contain_samples_corners_and_attacks(kind, seed):
     assert (bounds["ibp"] <= all_bounds(model, x, y, 0.1)["ibp"] + 1e-9).all()
 
 
-@pytest.mark.parametrize("low, high", [(-0.3, 0.5), (-0.6, 0.2), (0.1, 0.4), (-0.5, -0.1), (0.0, 0.3)])
+@pytest.mark.parametrize("low, high", [
+    (-0.3, 0.5), (-0.6, 0.2), (-0.5, 0.45), (0.1, 0.4), (-0.5, -0.1), (0.0, 0.3)])
 @pytest.mark.parametrize("c", [-2.0, 3.0])
 def test_hydra_bounds_of_one_neuron_are_exact(low, high, c):
     """f_0 - f_1 = c relu(z), z in [low, high]: the line above is reached at both ends, slope 0 at z < 0."""
@@ -1441,6 +1536,9 @@ def test_hydra_losses_of_bounds_are_their_formulas_and_reach_the_weights(digits)
         mixed = share * bounds["crown"] + (1 - share) * bounds["ibp"]
         assert torch.allclose(logits, -mixed) and torch.allclose(loss, F.cross_entropy(-mixed, y))
         assert all(g.any() for g in torch.autograd.grad(loss, [*model.parameters()]))
+        fields = hydra_prune.train_epoch(model, [(x, y)], *sgd(model.parameters(), 0.0), args,
+                                         strength_at=lambda _: strength)
+        assert (fields["share"], fields["epsilon"]) == (share, 0.02 * strength)
 
 
 def test_hydra_weight_of_mixtrain_grows_at_the_full_radius_and_scores_have_no_decay(tmp_path, monkeypatch):
@@ -1687,6 +1785,7 @@ class Fork(nn.Module):
         *[layer for c, d in itertools.pairwise([4, *[24] * 15, 4])
           for layer in (nn.Conv2d(c, d, 3, padding=1), nn.ReLU())]))),
     ("other logits", Fork(lambda net, h, x: F.sigmoid(h))),
+    ("other logits", Fork(lambda net, h, x: h + net.layers[0][0], nn.ParameterList([torch.zeros(1)]))),
     ("other logits", Fork(lambda net, h, x: torch.cat([h, net.layers[0](h)], 1), nn.Conv2d(4, 4, 1), wide=8)),
     ("shape", Fork(lambda net, h, x: torch.hstack([h, x]), wide=5)),
     ("shape", Fork(lambda net, h, x: h[:, :2] + h[:, 2:], wide=2)),
@@ -1863,6 +1962,7 @@ def test_a_result_reports_what_is_of_the_compact_network_which_keeps_a_budget_of
     assert found["macs_ratio"] == round(found["dense_macs"] / found["macs"], 3)
     assert 2 * found["macs"] <= found["dense_macs"] < 2.08 * found["macs"]
     assert found["nonzeros"] == sum(int(p.count_nonzero()) for p in compact.parameters())
+    assert found["train_images"] == 128 and 2**27 < (found["memory_bytes"] or 2**28) < 2**40
 
 
 def test_a_runs_seed_is_that_of_its_weights_its_batches_and_its_evaluation(tmp_path, monkeypatch):
@@ -1874,6 +1974,11 @@ def test_a_runs_seed_is_that_of_its_weights_its_batches_and_its_evaluation(tmp_p
         with pytest.raises(Stop):
             tiny(tmp_path / str(seed), "--seed", str(seed), "--admm-epochs", "0", "--finetune-epochs", "0")
         assert judge.call_args.kwargs["seed"] == seed
+    with pytest.raises(Stop):
+        tiny(tmp_path / "noisy", *"--relax-epochs 0 --finetune-epochs 0 --noise 0.1 --eot 2".split(),
+             script=binary_relax)
+    assert judge.call_args.kwargs == dict(epsilon=0.2, step_size=0.2, num_steps=3, restarts=1, seed=0, eot=2,
+                                          extra_metrics=judge.call_args.kwargs["extra_metrics"])
     (weight, labels), (other, others) = begun[0], begun[2]
     assert not torch.equal(weight, other) and not torch.equal(labels, others)
 
@@ -1929,6 +2034,7 @@ def test_resume_of_a_finished_run_prints_its_result_or_evaluates_otherwise(finis
     assert result["latency_ms"] == {f"batch_{n}": dict(
         dense=n * result["dense_parameters"], compact=n * result["parameters"]) for n in (1, 128)}
     assert result["attack"]["restarts"] == result["args"]["restarts"] == log_of(run)[-2]["restarts"] == 3
+    assert result["seconds"] | dict(final=0) == before["seconds"] | dict(final=0)        # of all sessions
     assert result["clean_acc"] == before["clean_acc"] and same_weights(folder / "model.pt", run / "model.pt")
     result = tiny(tmp_path / "new", *f"--pretrained {dense} --pretrain-epochs 0 --ratio 1".split())
     assert same_weights(dense, tmp_path / "new/dense.pt") and phases_of(tmp_path / "new") == [0, 2, 2]
@@ -2167,9 +2273,13 @@ REFUSED = {                                                      # {script: {sai
 def test_defaults_are_the_papers_and_the_evaluation_is_stronger_than_the_training():
     keys = ("epsilon", "step_size", "num_steps", "eval_step_size", "eval_steps", "restarts")
     for name, wanted in (("cifar10", [8 / 255, 2 / 255, 10, 8 / 255, 50, 4]),
-                         ("mnist", [0.3, 0.01, 40, 0.3, 50, 4]), ("digits", [0.2, 0.05, 10, 0.2, 50, 4])):
+                         ("mnist", [0.3, 0.01, 40, 0.3, 50, 4]), ("digits", [0.2, 0.05, 10, 0.2, 50, 4]),
+                         ("imagenet", [4 / 255, 2 / 255, 3, 4 / 255, 50, 4])):
         args = [script.get_args(["--dataset", name, "--device=cpu"]) for script in SCRIPTS[:3]]
         assert [[getattr(a, key) for key in keys] for a in args] == [wanted] * 3
+        assert [a.finetune_lr / a.lr for a in args] == [1] * 3
+        assert (args[0].admm_lr / args[0].lr, args[1].admm_lr / args[1].lr, args[2].prune_lr) == (
+            1, 0.5, args[2].lr)
     for epsilon, more, step in ((0.1, "", 0.025), (1, "", 0.25), (0.1, "--step-size=0.2", 0.2)):
         flags = f"--dataset digits --device cpu --epsilon {epsilon} {more}".split()
         assert cstar.get_args(flags).step_size == pytest.approx(step)        # in proportion, if not given
@@ -2182,6 +2292,18 @@ def test_defaults_are_the_papers_and_the_evaluation_is_stronger_than_the_trainin
     ramps = [hydra_prune.get_args(["--device=cpu", "--dataset=mnist", f"--objective={objective}"]).ramp_epochs
              for objective in ("natural", "smooth", "pgd", "crown-ibp")]
     assert ramps == [0, 0, 10, 15]                                           # the first two have no radius
+    assert cstar.get_args("--dataset=mnist --device=cpu --pretrain-epochs=3".split()).ramp_epochs == 3
+    radii = [hydra_prune.get_args(["--device=cpu", "--objective=mixtrain", f"--dataset={name}"]).epsilon
+             for name in ("cifar10", "mnist", "digits")]
+    assert radii == [2 / 255, 0.1, 0.02]
+    smooth, share = (hydra_prune.get_args(["--device=cpu", f"--objective={name}"])
+                     for name in ("smooth", "crown-ibp"))
+    assert (smooth.sigma, smooth.beta, share.final_share, smooth.scores) == (0.25, 6, 0, "hydra")
+    admm = admm_prune.get_args(["--device=cpu"])
+    assert [admm.ratio, admm.scheme, admm.rho_growth, admm.rho_max, admm.admm_interval] == [
+        4, "filter", 1, 10, 1]
+    assert (relax.bits, relax.method) == (2, "br")
+    assert admm_prune.get_args(["--device=cpu", "--target-width=2"]).ratio == 16 / 2
 
 
 @pytest.mark.parametrize("script, words, flags", [(script, words, flags) for script, said in REFUSED.items()
@@ -2722,6 +2844,8 @@ def test_photos_are_cut_by_seed_epoch_and_index_whatever_the_workers_and_the_bat
     assert torch.equal(images[[3, 2, 1]], load(1, [5, 0], [7]))
     assert not (images[[3, 2]] == load(2, [5, 0])).flatten(1).all(1).any()
     files = [f"{zoo[3]}/zoo/val/{name}/{i}.jpg" for i in range(6) for name in ("ant", "bee")]
+    same, = common.Photos(files[:1] * 12, 1).load([torch.arange(12)], "cpu", 1)
+    assert len(same.flatten(1).unique(dim=0)) == 12              # each is cut anew
     middle = v2.Compose([v2.Resize(36), v2.CenterCrop(32)])
     assert torch.equal(data.test[0], torch.stack([middle(decode_image(file, "RGB")) for file in files]))
     x, y = next(data.batches(12, torch.Generator()))
