@@ -190,6 +190,7 @@ def resolve(parser, args, longest_ramp=lambda args: args.pretrain_epochs, **defa
         parser.error("argument --compile: torch.compile needs a C++ compiler, and none is on the PATH")
     args.amp = args.amp == "on" or args.amp == "auto" and bfloat16_is_fast(args.device)
     torch.manual_seed(args.seed)
+    torch.set_flush_denormal(True)       # CPUs are slow at numbers below 1e-38; set before torch has threads
     return args
 
 

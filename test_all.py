@@ -2433,6 +2433,16 @@ def test_rate_rises_and_falls_over_any_number_of_steps(steps):
         assert falling.param_groups[0]["lr"] > 0.95
 
 
+def test_numbers_too_small_to_be_normal_become_zero_in_a_run():
+    """On CPUs that can do that; else dead weights, which decay towards 0, slow training down."""
+    tiny = torch.full((2,), 1e-30)
+    if not torch.set_flush_denormal(False):
+        pytest.skip("this CPU cannot flush them")
+    assert (tiny * 1e-9).view(torch.int32).all()
+    digits_args(cstar)
+    assert not (tiny * 1e-9).view(torch.int32).any()
+
+
 def test_two_processes_do_not_share_a_folder(tmp_path, monkeypatch):
     fcntl, argv = pytest.importorskip("fcntl"), [*TINY, "--output", tmp_path]
     (tmp_path / "log.jsonl").touch()
