@@ -271,11 +271,12 @@ def linear_bounds(layers, boxes, a, d, slope):
             low, up = lower.clamp(max=0), upper.clamp(min=0)
             line = up / (up - low).clamp_min(torch.finfo(up.dtype).tiny)
             offset, line = (line * -low).flatten(1)[:, :, None], line[:, None]
-            d = d + (a.clamp(max=0).flatten(2) @ offset)[:, :, 0]
+            positive, negative = a.clamp(min=0), a.clamp(max=0)
+            d = d + (negative.flatten(2) @ offset)[:, :, 0]
             if slope == "line":
                 gap = gap + (a.abs().flatten(2) @ offset)[:, :, 0]
             below = line if slope == "line" else (line > 0.5 if slope == "half" else line == 1).to(line)
-            a = a.clamp(min=0) * below + a.clamp(max=0) * line
+            a = positive * below + negative * line
     lower, upper = (end.flatten(1)[:, :, None] for end in boxes[0])                  # (N, pixels, 1)
     center = (a.flatten(2) @ ((upper + lower) / 2))[:, :, 0]
     r = (a.flatten(2).abs() @ ((upper - lower) / 2))[:, :, 0]
