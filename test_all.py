@@ -2526,6 +2526,10 @@ def test_compare_names_rows_as_a_person_does(finished, tmp_path, capsys, monkeyp
     for seed, more in ((0, {}), (1, dict(admm_rise=0.2, amp=True))):       # a default that older results lack
         write_run(f"aged{seed}", result | dict(args=admm | more | dict(seed=seed)), script="admm_prune")
     assert labels("aged*") == {"filters, 10x, ADMM", "dense"} and "2 seeds" in capsys.readouterr().out
+    for seed, unread in ((0, dict(momentum=0.9, num_steps=40)), (1, dict(momentum=None, num_steps=None))):
+        write_run(f"bounds{seed}", result | dict(args=hydra | unread | dict(
+            scores="lwm", objective="crown-ibp", seed=seed)), script="hydra_prune")
+    assert labels("bounds*") == {"single weights, 10x, lowest magnitudes, CROWN-IBP", "dense"}
     for i, amp in enumerate((True, False)):                      # of one seed: two rows
         write_run(f"amp{i}", result, args=dict(amp=amp))
     assert labels("amp*") >= {"low rank, 4x, ADMM, amp=False", "low rank, 4x, ADMM, amp=True"}

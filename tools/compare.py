@@ -44,6 +44,7 @@ OBJECTIVES = {"pgd": "", "natural": "clean images", "trades": "TRADES", "crown-i
               "mixtrain": "MixTrain", "smooth": "smoothing"}
 SCORES = {"lwm": "lowest magnitudes", "hydra": "HYDRA scores"}
 OF_SEED = {"seed", "pretrained", "ticket"}                       # flags that may differ with the seed
+UNREAD = dict.fromkeys(("crown-ibp", "mixtrain"), {"momentum", "step_size", "num_steps"})    # by objective
 ADDED = {"binary_relax": dict(finetune_lr=None), "admm_prune": dict(admm_rise=0.2)}      # not in old results
 FIRST_PHASE = {"admm_epochs", "prune_epochs", "relax_epochs"}
 UNSAID = FIRST_PHASE | {                                         # flags in words, or that follow from others
@@ -111,6 +112,7 @@ def read_run(folder, base):
 def flags_of(run):
     """{flag: value as text} of all that made this run what it is, except its seed."""
     unused = OF_SEED | ({"pretrain_epochs", "ramp_epochs"} if run["args"].get("pretrained") else set())
+    unused |= UNREAD.get(run["args"].get("objective"), set())    # older results have them nevertheless
     args = {k: v for k, v in (ADDED.get(run["script"], {}) | run["args"]).items() if k not in unused}
     if args.get("members"):
         args["arch"] = f"En{args.pop('members')}ResNet{args.pop('depth')}"
