@@ -251,8 +251,8 @@ def linear_bounds(layers, boxes, a, d, slope):
     """[H] Lower bounds (N, K) of d + <a, what layers give>, a (N or 1, K, ...), passed back to their input.
 
     An unstable ReLU on [l, u] lies below the line u (z - l) / (u - l) and above slope * z. The slope is
-    "half": 1 if u > -l, else 0; "zero": 0 (never below [G]); or [I] "line": that line's. Then upper bounds,
-    which are valid for "line" alone, are returned too."""
+    "half": 1 if u > -l, else 0; "zero": 0 (never below [G]); or [I] "line": that line's. Returned second are
+    upper bounds, which hold for "line" alone."""
     gap = 0                                                          # from lower to upper bounds
     for layer, (lower, upper) in reversed([*zip(layers, boxes)]):
         if isinstance(layer, (nn.Conv2d, nn.Linear)):

@@ -1887,6 +1887,9 @@ def test_relax_rounding_of_gaussian_weights_makes_zeros_and_is_not_the_nearest(b
         ratios += [(v - scale * codes).square().sum() / least(v)] * (len(found) <= 4)
     assert 100 * torch.stack(found).double().mean().item() == pytest.approx(zeros, abs=1)
     assert torch.stack(ratios).mean().item() == pytest.approx(error, abs=0.01 if bits == 2 else 0.3)
+    by_size = [sum((binary_relax.project(conv_weight(n, seed=seed), bits)[0] == 0).double().mean().item()
+                   for seed in range(40)) / 0.4 for n in (432, 147456)]
+    assert by_size == pytest.approx([42, 42] if bits == 2 else [17, 24], abs=1)      # by the largest weight
 
 
 @pytest.mark.parametrize("more", ["--relax-epochs 0", "--relax-epochs 1", "--relax-epochs 1 --method bc"])

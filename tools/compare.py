@@ -236,12 +236,16 @@ def decimal(value, digits=1):
     return f"{Decimal(str(value)).quantize(Decimal(10) ** -digits, ROUND_HALF_UP):,}"
 
 
+def exact(values):
+    """Numbers as they are printed, so that their mean has no rounding."""
+    return [Decimal(str(value)) for value in values]
+
+
 def spread(values, digits=1, more=""):
     """The mean, and (lowest to highest) if they differ as printed; nothing if a value is missing."""
     if None in values:
         return ""
-    exact = [Decimal(str(value)) for value in values]
-    middle, low, high = (decimal(f(exact), digits) for f in (mean, min, max))
+    middle, low, high = (decimal(f(exact(values)), digits) for f in (mean, min, max))
     inside = "; ".join(filter(None, [f"{low} to {high}" if low != high else "", more]))
     return f"{middle} ({inside})" if inside else middle
 
@@ -252,8 +256,7 @@ def cell(column, label, runs):
     if column == "method":
         return label.replace("|", "\\|")
     if column == "bytes":
-        ratio = spread([run["bytes_ratio"] for run in runs]).partition(" ")[0]
-        return f"{spread(values, 0)}, {ratio}x"
+        return f"{spread(values, 0)}, {decimal(mean(exact(run['bytes_ratio'] for run in runs)))}x"
     if column == "robust":
         return (spread(values, more=f"{seeds} seeds" * (seeds > 1)) if len(runs) > 1 else
                 "{} ({} to {})".format(*map(decimal, (*values, *runs[0]["robust_ci"]))))
