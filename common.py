@@ -782,7 +782,7 @@ def bfloat16_is_fast(device):
     """Whether the hardware multiplies bfloat16 itself: training is then faster than in float32."""
     if device != "cpu":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_tile"))
 
 
 def autocast(args):

@@ -2436,6 +2436,16 @@ def test_rate_rises_and_falls_over_any_number_of_steps(steps):
         assert falling.param_groups[0]["lr"] > 0.95
 
 
+def test_training_is_in_bfloat16_where_the_hardware_multiplies_it(monkeypatch):
+    for name, wanted in (("avx512_f", False), ("avx512_bf16", True), ("amx_tile", True)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: True})
+        assert [cstar.get_args(["--device=cpu", f"--amp={amp}"]).amp for amp in ("auto", "on", "off")] == [
+            wanted, True, False]
+    for capability, wanted in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        assert common.bfloat16_is_fast("cuda:0") == wanted
+
+
 def test_numbers_too_small_to_be_normal_become_zero_in_a_run():
     """On CPUs that can do that; else dead weights, which decay towards 0, slow training down."""
     tiny = torch.full((2,), 1e-30)
