@@ -11,7 +11,7 @@ and let ADMM pull the weights towards sparse ones, so that the final cut costs l
   [C]  project(V): the units of largest norm stay as they are, the others become zero              Sec. 3.1
   [D]  W <- SGD (the paper: Adam) on  loss(f_W(x_adv), y) + rho/2 sum_l ||W_l - Z_l + U_l||^2       Eq. (8)
   [E]  Z <- project(W + U),  every --admm-interval epochs                                          Eq. (10)
-  [F]  U <- U + W - Z        then                                        Algorithm 1, in its scaled form
+  [F]  U <- U + W - Z        then; at first U = 0, Z = project(W)          Algorithm 1, in its scaled form
   [G]  W <- project(W), the pruned stay zero; then trained on like [A], with a fresh optimizer
   [H]  of filters, W_l is the weight, its bias and the batch norm's scale and shift: all that the cut zeroes;
        which filters stay depends on the weights alone, as in the paper: Z is then not the nearest point
@@ -22,17 +22,19 @@ one of --target-width; ticket trains what the pruned network kept from the initi
 Sources
 * The paper: [A] to [E], and that every layer is pruned alike. It prints [F] as U + rho (W - Z), which does
   not agree with its (8) and (10); its code has this form. Its rho is 1e-3.
-* Its code: [E]'s interval in epochs, [G], and that the classifier stays whole. What differs there: examples
+* Its code (yeshaokai/Robustness-Aware-Pruning-ADMM): [E]'s interval in epochs, [G], and that the classifier
+  stays whole (in its example for a robust LeNet the hidden linear layer too). What differs there: examples
   multiply rho by 1.3 at each update and leave U as it is (here U shrinks as rho grows); U keeps an autograd
   graph, so that after m updates the penalty pulls 1 + m times as hard as [D]; the attack is in training mode,
   so that every step of PGD moves batch norm's statistics (here fixed meanwhile); of filters the weights alone
   are pulled (by bn_filter the batch norm's scales alone), and its shift lives on: a pruned filter still gives
   a constant.
 * Ours: [H], because batch norm undoes the shrinking of a whole filter, so that pulling its weights alone does
-  not prepare the cut; rho's default, all schedules, Nesterov's momentum, weight decay (theirs: 1e-4, on MNIST
-  1e-6), torch's initial weights (their MNIST LeNet's convolutions: Xavier's), the last epoch's network
-  (theirs: the best on the test set), the reading of --mode ticket, removing dead filters, --group-residual:
-  only with it does a ResNet-18 pruned 16 -> 4 become as small as one of width 4.
+  not prepare the cut; rho's default, all schedules, SGD in all phases (on MNIST the paper pre-trains by Adam,
+  its code retrains by it too), Nesterov's momentum, weight decay (theirs: 1e-4, on MNIST 1e-6), torch's
+  initial weights (their MNIST LeNet's convolutions: Xavier's), the last epoch's network (theirs: the best on
+  the test set), the reading of --mode ticket, removing dead filters, --group-residual: only with it does a
+  ResNet-18 pruned 16 -> 4 become as small as one of width 4.
 Note: [G] keeps the dense network's running statistics. With our rho, digits' masks hardly move
 (mask_changed in the log): Z is the one-shot cut. While the rate rises, U winds up, so that what is to be
 pruned swings past zero before it fades; with --admm-rise 0 it only fades. results/README.md has that and a
@@ -45,8 +47,9 @@ rho that grows.
 The last has the paper's 300 epochs of pre-training, K = 30 updates and rho, the code's batch size, and the
 interval of its docstring (its examples: 20, 4); the rest of its numbers is ours. The paper, clean / PGD-10
 robust % (Table 4): ResNet-18 of width 16 82.71 / 49.31, of width 4 from scratch 77.35 / 44.99, pruned 16 -> 4
-78.85 / 47.19. Table 2, LeNet, PGD-40: width 8 98.85 / 93.51, 4 98.15 / 91.38, 8 -> 4 98.87 / 94.27. What we
-measured is in results/README.md.
+78.85 / 47.19, cut at once (Table A1) 78.59 / 46.17; 16 -> 1 64.17 / 37.99, cut at once 60.26 / 36.18. Table
+2, LeNet, PGD-40: width 8 98.85 / 93.51, 4 98.15 / 91.38, 8 -> 4 98.87 / 94.27. What we measured is in
+results/README.md.
 """
 import math
 import shutil

@@ -15,28 +15,30 @@ term for clean images too.
          m bits   |c| = min(M, ceil(|v| / s0 - 1/2)), M = 2^(m-1) - 1, s0 = 2 max |v| / (2 M + 1);
                   s = <|v|, |c|> / <c, c>
   [C]  w = (lam q + v) / (lam + 1), where the network runs; the proximal point of lam/2 dist(w, Q)^2 if q is
-         the nearest of Q, as for 1 bit; by the authors' rules for 2 and 4 it is not: the squared error of
-         36,864 Gaussian weights is 1.01 and about 2 times the least
+         the nearest of Q, as for 1 bit; by the rules for 2 and 4 it is not: the squared error of 36,864
+         Gaussian weights is 1.01 (by the authors' scale for 2 bits 1.8) and about 2 times the least
   [D]  v <- SGD(v, dL/dw):  the gradient is taken at w, the step, its momentum and weight decay act on v
   [E]  lam <- 350^(1 / switch) lam after every epoch, from 1 (theirs: 1.05 lam, switch 120); then w = q
-  [F]  L = 8 CE(f_w(x_adv), y) + 1 CE(f_w(x), y),  x_adv by PGD on f_w;  probably the (9) of their README
+  [F]  L = 8 CE(f_w(x_adv), y) + 1 CE(f_w(x), y),  x_adv by PGD on f_w;  (9) in their README
   [G]  input channel k of a layer is dead if W[:, k] = 0;  ours: if no layer reads it, its writer is removed
-The latent weights, the authors' y, are v here; x, y are always image and label.
+The latent weights are v here; x, y are always image and label.
 
 Sources
-* Its authors' code, Binary-Relax's and EnResNet's: [A] to [G]; the body of 2008.13305 was not available. As
-  there, all convolutions but the 1x1 shortcuts are quantised, the first too (and in the networks of common.py
-  hidden linear layers), the rest stays float; noise is on in training, in attacks and in evaluation; [F] is
-  not normalised, so that its step is nine times that of --adv-weight 1 --nat-weight 0.
+* Its authors' code (lzj994/Binary-Quantization), Binary-Relax's (penhunt/binaryrelax) and EnResNet's
+  (BaoWangMath/EnResNet): [A] to [G]; the body of 2008.13305 was not available. As there, all convolutions but
+  the 1x1 shortcuts are quantised, the first too (and in the networks of common.py hidden linear layers), the
+  rest stays float; noise is on in training, in attacks and in evaluation; [F] is not normalised, so that its
+  step is nine times that of --adv-weight 1 --nat-weight 0.
 * What differs there: std is that of the batch, so that an image's logits depend on its neighbours (here that
   of each image); the 2-bit scale is a mean over all weights, zeros too, which is no projection; sign(0) is 0
-  (here 1); PGD runs in training mode, and its iterates enter batch norm's running statistics (here it sees
-  those, and they stay); the network is the best on test images that are cropped (here q of the last v); SGD
-  is not Nesterov's.
+  (here 1); Delta = 0.7 mean |v| and s0 / 2 have caps, 100 and 10; the clean images pass first; PGD runs in
+  training mode, and its iterates enter batch norm's running statistics (here it sees those, and they stay);
+  the network is the best on test images that are cropped (here q of the last v); SGD is not Nesterov's.
 * Ours: one cycle of the rate over both phases, so that the switch comes at half of its peak (theirs, in
-  steps: at a hundredth; --finetune-lr); pre-training (without it dense.pt is the untrained network); without
-  fine-tuning, batch norm's statistics anew at q, of clean images; with noise, an evaluation by EOT, judged by
-  the mean over 10 draws (new ones, on the worst of all restarts), and flagged as random.
+  steps: at a hundredth; --finetune-lr); pre-training, as Binary-Relax's demo has it (theirs: from scratch;
+  dense.pt is then the untrained network); without fine-tuning, batch norm's statistics anew at q, of clean
+  images; with noise, an evaluation by EOT, judged by the mean over 10 draws (new ones, on the worst of all
+  restarts), and flagged as random.
 In an EnResNet only channels between the two convolutions of a block can be removed, a part of the dead ones.
 
   python binary_relax.py --dataset digits --bits 2     four minutes of one CPU core, offline
@@ -44,8 +46,9 @@ In an EnResNet only channels between the two convolutions of a block can be remo
   python binary_relax.py --depth 56 --bits 4 --pretrain-epochs 0 --relax-epochs 120 --finetune-epochs 80
       --relax-lr 0.1 --finetune-lr 0.001 --batch-size 128 --epsilon 0.031 --step-size 0.007
 The last has the authors' length, attack, and rates at the start and after the switch. Their README, channel
-sparsity by (9) (bits not said): En1ResNet56 on CIFAR-10 33.18 %, En2ResNet56 on CIFAR-100 43.94 %. No
-accuracy of theirs is known to us. What we measured is in results/README.md.
+sparsity by (9) (bits not said): En1ResNet56 on CIFAR-10 33.18 %, En2ResNet56 on CIFAR-100 43.94 % and on SVHN
+49.03 %, En1ResNet110 on CIFAR-100 23.93 %. No accuracy of theirs is known to us. What we measured is in
+results/README.md.
 """
 import contextlib
 import math
@@ -75,7 +78,8 @@ def get_args(argv=None):
     paper.add_argument("--eot", type=whole(1, 1000), help="evaluation's passes a gradient (default: 10)")
     paper.add_argument("--bits", type=int, choices=(1, 2, 4, 32), default=2,
                        help="per weight; 32 is float (default: 2)")
-    paper.add_argument("--method", choices=("br", "bc"), default="br", help="bc, BinaryConnect: w = q always")
+    paper.add_argument("--method", choices=("br", "bc"), default="br",
+                       help="bc, BinaryConnect without its clipping: w = q always")
     paper.add_argument("--relax-epochs", type=whole(0, 10000), help="before the switch to quantised weights")
     paper.add_argument("--relax-lr", type=rate, help="peak rate of both later phases (default: --lr / 2)")
     paper.add_argument("--finetune-lr", type=rate,

@@ -39,7 +39,8 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn
 from torch.utils.flop_counter import FlopCounterMode
 
-# Default flags by data set; compress_epochs: --admm-, --prune- or --relax-epochs. We chose the epochs.
+# Default flags by data set; compress_epochs: --admm-, --prune- or --relax-epochs. Radius, step and number of
+# steps of MNIST and CIFAR are the papers', the rest is ours.
 CIFAR = dict(arch="resnet18", width=16, pretrain_epochs=40, compress_epochs=20, finetune_epochs=20,
              batch_size=256, lr=0.2, momentum=0.9, weight_decay=5e-4, epsilon=8 / 255, step_size=2 / 255,
              num_steps=10, ramp_epochs=0)

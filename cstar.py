@@ -13,25 +13,28 @@ weights towards that form while they train on adversarial images, so that the fi
        all parameters <= total / ratio; each layer first gets 3 % of its full rank; it may stay dense
   [E]  W <- SGD on  loss(f_W(x_adv), y) + rho/2 sum_l ||W_l - Z_l + U_l||^2
   [F]  Z <- project(W + U)          after every epoch: truncated HOSVD, --hooi N sweeps on top
-  [G]  U <- U + W - Z               then: scaled dual
+  [G]  U <- U + W - Z               then: scaled dual; at first U = 0, Z = project(W)
   [H]  W <- project(W), factorised into 1x1 - kxk - 1x1; batch norm's statistics are estimated anew, on
        clean images, and with these on attacked ones; then fine-tuned like [A], the factors being free
 S, C, k: output and input channels, kernel. A 1x1 kernel or linear layer is a matrix: two factors, one rank.
 
 Sources
-* The paper, of which only abstracts and an extract were available: global ranks, Tucker-2 projection (its
-  Algorithm 1, for its Eqn. 12, which we take for [F]), ratios 2 to 64, 8/255 in steps of 2/255.
-* The group's ADMM code (Yin et al., CVPR 2021): [B], [E] to [H]; that CSTAR uses ADMM is inferred. What
-  differs there: clean images; updates before an epoch, the first too; up to 100 HOOI sweeps; rho 1e-3; dense
-  1x1 shortcuts; three factors of a linear layer; fine-tuning at 1/20 of the rate (ImageNet: 1/10); no new
-  statistics in [H].
-* Ours: [A] as written, [C], [D], those statistics, rates, epochs, Nesterov, --budget macs.
+* The paper, of which only abstracts and an extract were available: global ranks (in arXiv's abstract, not in
+  AAAI's), Tucker-2 projection (its Algorithm 1, for its Eqn. 12, which we take for [F]), ratios 2 to 64,
+  8/255 in steps of 2/255.
+* Its group's ADMM code, not CSTAR's own (Yin et al., CVPR 2021; miaoyin390/DNN-Compression-Tensor-ADMM): [B],
+  [E] to [H], and which layers stay dense; that CSTAR uses ADMM is inferred. What differs there: clean images;
+  ranks from tables made by hand; updates before an epoch, the first too; up to 100 HOOI sweeps; rho 1e-3;
+  weight decay 1e-4; dense 1x1 shortcuts; three factors of a linear layer; fine-tuning at 1/20 of the rate
+  (ImageNet: 1/10); no new statistics in [H].
+* Ours: [A] as written, [C], [D], those statistics, PGD's steps, rates, epochs, Nesterov, --budget macs.
 
   python cstar.py --dataset digits                     one or two minutes of a CPU core, offline
   python cstar.py --arch resnet18 --ratio 16           CIFAR-10 at full width, for a GPU (not run there)
 The second with one attack step and 10 + 3 + 5 epochs took 153 minutes and 5.6 GB on two CPU cores: clean /
-robust % of the dense 44.7 MB 76.0 / 38.3, of 2.8 MB 74.9 / 37.5 (results/README.md). By its abstract
-CSTAR leads robust structured pruning by up to +20.07 / +11.91 (CIFAR-10), +8.58 / +4.27 (ImageNet, ratio 16).
+robust % of the dense 44.7 MB 76.0 / 38.3, of 2.8 MB 74.9 / 37.5 (results/README.md). By its abstract CSTAR
+leads robust structured pruning, ResNet-18, by up to +20.07 / +11.91 (CIFAR-10, ratio not given) and by +8.58
+/ +4.27 (ImageNet, ratio 16).
 """
 import copy
 import math

@@ -17,7 +17,8 @@ whatever the objective; HYDRA lets the objective decide, by training importance 
   [G]  interval bounds: center c and radius r of a box become W c + b and |W| r; the last layer takes margins
   [H]  CROWN-IBP: margins as linear functions of x, each ReLU between two lines over its interval of [G]
   [I]  symbolic intervals: like [H], but both lines of slope u / (u - l), and l and u from such lines too
-  [J]  crown-ibp  CE of the logits -lower(f_y - f_j), lower = share [H] + (1 - share) [G], share 1 to 0
+  [J]  crown-ibp  CE of the logits -lower(f_y - f_j), lower = share [H] + (1 - share) [G]; share falls from 1
+                  to 0 while the radius grows, in [A]: [D] and [E] then have [G] alone
   [K]  mixtrain   CE(f(x), y) + b mix CE of the logits -lower, [I], of k random images, b = 1 with probability
                   0.8, else 0;  mix = min(50, 0.1 * 2.5^floor(t / 5)), t: the phase's epochs at full radius
   [L]  smooth     CE(f(x), y) + beta KL(p(x) || p(x + sigma N(0, 1)))
@@ -26,14 +27,15 @@ Sources
 * Neither text was available. The abstracts: the procedure. A survey (2409.01249) says that the first paper
   prunes by LWM, in steps (here one cut of each layer; one of the survey's two files ranks all layers
   together). That paper's verifiable objective is not known.
-* HYDRA's code: [B] to [F], [J] to [L], and that all layers are pruned, the classifier too. What differs
-  there: the adversarial objective is [F]; [J] ends at share 0, pure [G].
-* [F]: Zhang et al. 2019 (TRADES). [H], [J]: Zhang et al. 2020. [I], [K]: Wang et al. 2018 (MixTrain). [L]:
-  Carmon et al. 2019, with its certificate (Cohen et al. 2019) in tools/evaluate.py.
-* Ours: the default pgd, Nesterov's momentum, weight decay (theirs: 1e-4), boxes clamped to [0, 1], schedules
-  (in [K] too the radius grows by steps), the last epoch's network (theirs: the best on the test set), the
-  best of all bounds, no weight decay on s, [D]'s epochs added to LWM's fine-tuning, torch's initial
-  values of w.
+* HYDRA's code (inspire-group/hydra): [B] to [F], [J] to [L], and that all layers are pruned, the classifier
+  too. Its adversarial objective is [F]; after [J] it fine-tunes HYDRA at 1e-5, but LWM at 5e-4.
+* [F]: Zhang et al. 2019 (TRADES). [H], [J]: Zhang et al. 2020, whose setting for CIFAR-10, 2/255, keeps share
+  1. [I], [K]: Wang et al. 2018 (MixTrain). [L]: Carmon et al. 2019, with its certificate (Cohen et al. 2019)
+  in tools/evaluate.py.
+* Ours: the default pgd, Nesterov's momentum, weight decay (theirs: 1e-4), boxes clamped to [0, 1] (theirs: to
+  the batch's least and largest pixel, which can verify what is not robust), schedules (in [K] too the radius
+  grows by steps), the last epoch's network (theirs: the best on the test set), the best of all bounds, no
+  weight decay on s, [D]'s epochs added to LWM's fine-tuning, torch's initial values of w.
 * Ours too, --scheme filter: one score per filter, whose m multiplies its batch norm (fixed in [D], as w is)
   or, without one of its own, its weights; m is small instead of 0 in [D]: gradients still pass its ReLU.
 
@@ -43,9 +45,9 @@ Sources
   python hydra_prune.py --arch wrn28_4 --objective trades --pretrain-epochs 100 --prune-epochs 20
       --finetune-epochs 100 --finetune-lr 0.01 --lr 0.1 --batch-size 128 --weight-decay 1e-4    HYDRA's length
 1906.06110 (abstract): ratio 10 keeps on average 93 % of clean, 92.5 % of empirical robust, 85 % of verified
-accuracy. HYDRA (its code's page, extra data), WRN-28-4 as above, CIFAR-10, robust % (its code's PGD has one
-start, ours four): dense 57.2; at 10 LWM 53.8, HYDRA 55.2; at 100 LWM 37.3, HYDRA 47.3. What we measured is in
-results/README.md.
+accuracy (CIFAR-10, four networks). HYDRA (its code's page, extra data), WRN-28-4 as above, CIFAR-10, robust %
+(PGD-50 of one start, ours has four): dense 57.2; at 10 LWM 53.8, HYDRA 55.2; at 100 LWM 37.3, HYDRA 47.3.
+What we measured is in results/README.md.
 """
 import copy
 import functools
