@@ -129,7 +129,7 @@ def script_parser(doc, script, phase, networks=(), adapt=lambda recipe: {}):
     run.add_argument("--dataset", default="cifar10", help=f"{', '.join(RECIPES)} or a folder")
     run.add_argument("--data-dir", default="data", help="where data sets are looked for and downloaded to")
     run.add_argument("--workers", type=whole(1, 256), default=min(8, os.cpu_count() or 1),
-                     help="threads that decode images; for photos, processes")
+                     help="threads that decode images; for photos, processes (a fast GPU wants all cores)")
     run.add_argument("--train-images", type=whole(0), default=0, help="balanced subset to train on; 0 is all")
     run.add_argument("--arch", choices=(*networks, *NETWORKS))
     run.add_argument("--width", type=whole(1, 64), help="16 is the standard network")
@@ -189,6 +189,8 @@ def resolve(parser, args, longest_ramp=lambda args: args.pretrain_epochs, **defa
         parser.error(f"argument --batch-size: {args.batch_size} is not {world()} equal shares of 2 or more")
     if args.compile and not any(map(shutil.which, ("cc", "gcc", "c++", "g++", "clang++", "cl"))):
         parser.error("argument --compile: torch.compile needs a C++ compiler, and none is on the PATH")
+    if args.amp == "on" and args.device != "cpu" and not bfloat16_is_fast(args.device):
+        parser.error("argument --amp: on is not for this GPU, which has no bfloat16")
     args.amp = args.amp == "on" or args.amp == "auto" and bfloat16_is_fast(args.device)
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)       # CPUs are slow at numbers below 1e-38; set before torch has threads
@@ -251,7 +253,8 @@ def cli(main):
     except Exception as fault:
         status, words = 1, "out of memory|allocate memory|ALLOC_FAILED|find an engine|worker .*(Killed|Bus)"
         if isinstance(fault, MemoryError) or isinstance(fault, RuntimeError) and re.search(words, str(fault)):
-            message = "out of memory; smaller --batch-size, --width, --eval-images, --workers may help"
+            message = (f"out of memory ({first_line(fault)}); smaller --batch-size, --width, --eval-images, "
+                       "--workers may help")
         elif dist.is_initialized():                                  # a bug: printed, then ended as below
             traceback.print_exc()
         else:
@@ -290,6 +293,8 @@ def sync(collective, *args):
     try:
         if world() > 1:
             collective(*args)
+    except (torch.AcceleratorError, torch.OutOfMemoryError):         # this process's own
+        raise
     except RuntimeError as fault:                                    # gloo has no error of its own for this
         reason = first_line(str(fault).rpartition("Last error:")[2])                 # NCCL's last line tells
         raise Fault(f"another process is out of reach ({reason.partition('. ')[0]})") from None
@@ -795,8 +800,10 @@ def prepare(model, args, tf32=True):
     """The network on its device, in the fast memory layout, compiled where --compile says so. tf32: whether
     a GPU's float32 convolutions may be rounded to it from now on."""
     model.to(args.device, memory_format=torch.channels_last)
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, tf32
-    for m in model.modules():    # else oneDNN writes past a buffer in its backward pass (its issue 6035)
+    torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.fp32_precision = True, "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
+    for m in model.modules() if args.device == "cpu" else ():
+        # Else oneDNN writes past a buffer in its backward pass (its issue 6035).
         narrow = isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.in_channels < 16
         if narrow and m.stride != (1, 1):
             m.weight.data = m.weight.data.clone(memory_format=torch.contiguous_format)
@@ -864,9 +871,10 @@ def pgd(model, x, y, epsilon, step_size, num_steps, *, loss="ce", random_start=T
     evaluation: with anneal the step falls geometrically to a tenth, and each move is three quarters new, one
     quarter the last (after APGD, Croce and Hein 2020); broken_at (N,) int receives an image's first
     misclassified iterate, at which it leaves the batch. Fault on pixels outside [0, 1] and on gradients that
-    are not finite; on a GPU without broken_at, x_adv is NaN instead, since a check would have to wait."""
+    are not finite; on a GPU without broken_at, where that would have to wait, the former end the process and
+    x_adv is NaN by the latter."""
     fits, message = ((x >= 0) & (x <= 1)).all(), "a pixel is not in [0, 1], as attacks and networks want it"
-    if x.device.type == "cuda":
+    if x.device.type == "cuda" and broken_at is None:
         torch._assert_async(fits, message)                       # ends the process, and nothing waits for it
     elif not fits:
         raise Fault(message)
@@ -920,22 +928,36 @@ def per_cent(correct):
 
 
 @contextlib.contextmanager
+def exact_float32(benchmark=False):
+    """Inside, float32 products have all digits (no TF32, no bfloat16), and convolutions are deterministic or,
+    with `benchmark`, the fastest. By torch's new flags: once one is set, reading the old ones can raise."""
+    cudnn, onednn = torch.backends.cudnn, torch.backends.mkldnn
+    kinds = (cudnn.conv, torch.backends.cuda.matmul, onednn.conv, onednn.matmul)
+    flags = [(cudnn, "benchmark"), (cudnn, "deterministic"), *((kind, "fp32_precision") for kind in kinds)]
+    before = [getattr(*flag) for flag in flags]
+    try:
+        for flag, value in zip(flags, (benchmark, not benchmark, *["ieee"] * 4)):
+            setattr(*flag, value)
+        yield
+    finally:
+        for flag, value in zip(flags, before):
+            setattr(*flag, value)
+
+
+@contextlib.contextmanager
 def evaluating(*models, seed=0):
-    """Eval mode, no gradients, no TF32, deterministic convolutions, own random numbers; undone afterwards."""
+    """Eval mode, no gradients, exact_float32, own random numbers; undone afterwards."""
     modes = [(m, m.training) for model in models for m in model.modules()]
     tensors = itertools.chain(models[0].parameters(), models[0].buffers(), [torch.empty(0)])
-    device, precision = next(tensors).device, torch.get_float32_matmul_precision()
+    device = next(tensors).device
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()   # manual_seed() seeds all
     try:
         for module, _ in modes:                                  # torch.export's modules refuse eval()
             module.training = False
-        torch.set_float32_matmul_precision("highest")
-        with torch.no_grad(), torch.random.fork_rng(gpus), torch.backends.cudnn.flags(
-                enabled=True, deterministic=True, allow_tf32=False):
+        with torch.no_grad(), torch.random.fork_rng(gpus), exact_float32():
             torch.manual_seed(seed)
             yield torch.Generator(device).manual_seed(seed)
     finally:
-        torch.set_float32_matmul_precision(precision)
         for module, mode in modes:
             module.training = mode
 
@@ -971,9 +993,14 @@ def checked(model, images):
     return x, y.long()
 
 
+def evaluation_batch(images):
+    """How many images are evaluated at a time: of photos fewer, because they fill memory."""
+    return min(250, max(1, 2**22 // math.prod(images.shape[1:])))
+
+
 def batched(images, labels, *more, label="evaluation"):
     """Yields (x float, y, parts of `more`) in batches; what is written into a part changes the whole."""
-    size = min(250, max(1, 2**22 // math.prod(images.shape[1:])))        # of photos fewer: they fill memory
+    size = evaluation_batch(images)
     batches = list(zip(images.split(size), labels.split(size), *(m.split(size) for m in more)))
     for x, *rest in progress(batches, label, len(batches)):
         yield to_float(x), *rest
@@ -1101,7 +1128,7 @@ def latency(models, network, batch_size, device):
     """Median milliseconds of each model's forward pass, float32, channels last, timed in turn in one loop."""
     x = to_float(torch.zeros((batch_size, network["channels"], *network["size"]), device=device))
     times, wait = [], functools.partial(torch.cuda.synchronize, device) if device != "cpu" else lambda: None
-    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+    with torch.no_grad(), exact_float32(benchmark=True):
         while len(times) < 16 or times[-1][-1] - times[1][0] < 0.5:
             times.append([time.perf_counter()])
             for model in models:

@@ -661,13 +661,40 @@ def test_evaluating_on_the_cpu_puts_a_gpus_random_numbers_back(robust, monkeypat
     for used in (False, True):
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: used)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 3 if used else pytest.fail("none is used"))
-        torch.set_float32_matmul_precision("medium")
         with common.evaluating(robust):
-            cudnn = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic
-            assert (torch.get_float32_matmul_precision(), cudnn) == ("highest", (False, True))
-        assert torch.get_float32_matmul_precision() == "medium"
-        torch.set_float32_matmul_precision("highest")
+            pass
     assert [*map(list, kept)] == [[], [0, 1, 2]]
+
+
+CUDNN, ONEDNN, BACKENDS = torch.backends.cudnn, torch.backends.mkldnn, torch.backends
+PRODUCTS = CUDNN.conv, BACKENDS.cuda.matmul, ONEDNN.conv, ONEDNN.matmul
+
+
+@pytest.mark.parametrize("change", [
+    lambda: torch.set_float32_matmul_precision("medium"), lambda: setattr(CUDNN, "allow_tf32", False),
+    *(functools.partial(setattr, kind, "fp32_precision", "tf32") for kind in (BACKENDS, CUDNN, *PRODUCTS[:2])),
+    functools.partial(setattr, CUDNN.conv, "fp32_precision", "ieee")])
+def test_evaluation_is_in_exact_float32_whatever_the_program_has_set(
+        robust, digits, real_latency, change):
+    """By torch's old flags or its new ones, after which reading the old can raise."""
+    def flags():
+        return *(kind.fp32_precision for kind in PRODUCTS), CUDNN.benchmark, CUDNN.deterministic
+    kinds = BACKENDS, CUDNN, CUDNN.rnn, ONEDNN, *PRODUCTS
+    precisions = [kind.fp32_precision for kind in kinds]
+    seen, image, network = [], [t[:1] for t in digits.test], dict(channels=1, size=(8, 8))
+    model = Wrapped(robust, lambda f, x: (seen.append(flags()), f(x))[1]).eval()
+    try:
+        change()
+        before = flags()
+        common.evaluate(model, image, **SETTINGS | dict(num_steps=1))
+        assert set(seen) == {("ieee",) * 4 + (False, True)} and flags() == before
+        seen.clear()
+        real_latency([model], network, 1, "cpu")
+        assert set(seen) == {("ieee",) * 4 + (True, False)} and flags() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        for kind, precision in zip(kinds, precisions):
+            kind.fp32_precision = precision
 
 
 def test_evaluate_takes_bytes_as_labels_and_refuses_what_is_no_image_label_or_number(robust, digits):
@@ -2013,7 +2040,7 @@ def test_resume_equals_the_whole_run_bit_for_bit(whole, zoo, tmp_path, script, m
         stopped(1, lambda: tiny(run, *more, *["--resume"] * (i > 0), script=script))
         torch.manual_seed(12345)                                 # whatever came between
     found = tiny(run, *more, "--resume", script=script, **how)
-    assert torch.backends.cudnn.allow_tf32 == ("mixtrain" not in more)
+    assert CUDNN.conv.fp32_precision == ("ieee" if "mixtrain" in more else "tf32")
     assert all(found[k] == wanted[k] for k in {"residual", "kept", "mask_changed"} & wanted.keys())
     assert all(same_weights(folder / name, run / name) for name in ("model.pt", "dense.pt"))
     lines = [[{k: v for k, v in line.items() if k not in ("seconds", "output")} for line in log_of(f)]
@@ -2225,9 +2252,11 @@ def test_whatever_ends_a_program_is_one_line(tmp_path, monkeypatch):
     full = Mock(side_effect=[RuntimeError("CUDA error: out of memory"), RuntimeError(
         "GET was unable to find an engine to execute this computation")])          # cuDNN's word for it
     for main in (lambda: torch.empty(10**15), lambda: np.empty(10**15), full, full):
-        ends(main, [], monkeypatch, 1, "out of memory")
+        ends(main, [], monkeypatch, 1, r"out of memory \(.*(CUDA|engine|allocate)")
     with monkeypatch.context() as two, pytest.raises(common.Fault, match="reach .Cuda failure 2"):
         two.setattr(common, "world", lambda: 2)
+        with pytest.raises(torch.OutOfMemoryError):              # this process's own, not the other's
+            common.sync(Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
         common.sync(Mock(side_effect=RuntimeError("NCCL error in: a.cpp:1\nLast error:\nCuda failure 2")))
     unreachable = Mock(side_effect=OSError("Network is unreachable"))
     monkeypatch.setattr(pytest.importorskip("torchvision.datasets"), "CIFAR10", unreachable)
@@ -2446,7 +2475,10 @@ def test_training_is_in_bfloat16_where_the_hardware_multiplies_it(monkeypatch):
             wanted, True, False]
     for capability, wanted in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        assert common.bfloat16_is_fast("cuda:0") == wanted
+        monkeypatch.setattr(common, "check_device", lambda name: "cuda:0")
+        assert cstar.get_args([]).amp == wanted
+        with contextlib.nullcontext() if wanted else pytest.raises(common.UsageFault, match="--amp: on is not"):
+            assert cstar.get_args(["--amp", "on"]).amp
 
 
 def test_numbers_too_small_to_be_normal_become_zero_in_a_run():

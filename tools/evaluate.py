@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import (LOSSES, Fault, Parser, UsageFault, balanced, batched, check_device, cli,  # noqa: E402
-                    evaluate, evaluating, fraction_correct, interval, is_random, load_data,
+                    evaluate, evaluating, evaluation_batch, fraction_correct, interval, is_random, load_data,
                     logits_of, number, per_cent, pgd, progress, radius, read_model, sanity_flags, to_float,
                     whole)
 
@@ -86,8 +86,8 @@ def autoattack(model, images, *, epsilon, seed=0):
             raise Fault(f"AutoAttack needs four classes or more, and this network has {classes}")
         judge.apgd_targeted.n_target_classes = judge.fab.n_target_classes = min(9, classes - 1)
         with torch.enable_grad():
-            x_adv, found = judge.run_standard_evaluation(x, y, batch_size=250)
-        again = torch.cat([logits_of(model, x).argmax(1) for x in x_adv.split(250)])
+            x_adv, found = judge.run_standard_evaluation(x, y, batch_size=evaluation_batch(x))
+        again = torch.cat([logits_of(model, x).argmax(1) for x in x_adv.split(evaluation_batch(x))])
         return per_cent((again == y) & (found == y)), version
 
 
