@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import importlib
+import io
 import itertools
 import json
 import math
@@ -602,7 +603,8 @@ def lenet(width, channels, classes, size):
 
 
 # Rules: the first layer is registered first, the classifier last; shortcut layers are named shortcut or
-# downsample (binary_relax.py keeps them float). removable_groups() tries out whether filters can go.
+# downsample (binary_relax.py keeps them float); images are channels last, so flatten(), not view().
+# removable_groups() tries out whether filters can go.
 NETWORKS = {"resnet18": resnet18, "vgg16": vgg16, "wrn28_4": wrn28_4, "lenet": lenet,         # cnn_*: HYDRA's
             "cnn_small": functools.partial(cnn, convs=((16, 4, 2), (32, 4, 2)), linear=(100,)),
             "cnn_large": functools.partial(cnn, convs=((32, 3, 1), (32, 4, 2), (64, 3, 1), (64, 4, 2)),
@@ -640,7 +642,8 @@ def network_of(args, data):
     _, channels, *size = data.train[0].shape
     network = dict(arch=args.arch, width=args.width, channels=channels, classes=len(data.classes), size=size)
     if min(size) >= 224 and not args.arch.startswith("imagenet"):
-        raise UsageFault(f"argument --arch: {args.arch} is for small images; photos want imagenet_resnet18")
+        raise UsageFault(f"argument --arch: {args.arch} is for small images; photos want imagenet_resnet18 "
+                         "(small images lie in train and test, photos in train and val)")
     if [len(args.mean or ()), len(args.std or ())] not in ([0, 0], [channels, channels]):
         raise UsageFault(f"argument --mean: it and --std want {channels} numbers each, one a channel")
     return network | (dict(mean=args.mean, std=args.std) if args.mean else {})
@@ -684,8 +687,11 @@ def channel_groups(model):
 
 def removable_groups(model, network):
     """channel_groups(model), tried out: Fault unless a copy that loses every other channel of each group
-    computes what the network with zeros in their place does. It does not if, say, torch.cat, a layer with
-    groups, an addition of the image or an activation that is not 0 at 0 comes after a filter."""
+    computes what the network with zeros in their place does. It does not if, say, torch.cat, an addition of
+    the image or an activation that is not 0 at 0 comes after a filter."""
+    for name, m in model.named_modules():
+        if isinstance(m, nn.Conv2d) and m.groups > 1:
+            raise Fault(f"filters cannot be removed from this network ({name} has groups of channels)")
     groups, copied = channel_groups(model), copy.deepcopy(model).cpu().float()
     with evaluating(copied) as generator:
         for p in copied.parameters():                            # else the signal could vanish on its way
@@ -755,9 +761,14 @@ def topk_mask(values, ratio):
 
 def parameter_masks(model, masks, filters):
     """{parameter: boolean like it} from {layer: mask of its weight, True where it stays}; where filters are
-    pruned, also for biases and batch norms of dead ones, which would otherwise still output constants."""
+    pruned, also for biases and batch norms of dead ones, which would otherwise still output constants. Of
+    layers without a mask all filters stay."""
+    groups = channel_groups(model) if filters else ()
+    whole_layers = {name: torch.ones_like(model.get_submodule(name).weight, dtype=torch.bool)
+                    for writers, _, _ in groups for name in writers}
+    masks = whole_layers | masks
     out = {f"{name}.weight": mask for name, mask in masks.items()}
-    for writers, norms, _ in channel_groups(model) if filters else ():
+    for writers, norms, _ in groups:
         alive = {name: masks[name].flatten(1).any(1) for name in writers}            # (S,)
         for name, norm in writers.items():
             out |= {f"{name}.bias": alive[name], f"{norm}.weight": alive[name], f"{norm}.bias": alive[name]}
@@ -1109,6 +1120,7 @@ def sanity_flags(model, images, *, epsilon, step_size, num_steps, anneal=True, e
         (not noisy and (alone - logits[:32]).abs().max() > 1e-4 * logits.abs().max(),
          "batch-dependent output: an image's logits change with its neighbours"),
         (logits.min() >= 0 and (logits.sum(1) - 1).abs().max() < 1e-4, "probabilities instead of logits"),
+        (len(images[1].unique()) > 1 == len(logits.argmax(1).unique()), "one class for all images"),
         (zero > 10, f"zero gradients on {zero:.0f} % of the images"),
         (found - twice > slack, f"not converged: twice the steps lower {found:.1f} % to {twice:.1f} %"),
         (found - fgsm > slack, f"FGSM ({fgsm:.1f} %) is stronger than PGD ({found:.1f} %)"),
@@ -1125,7 +1137,8 @@ def count_macs(model, network):
 
 
 def latency(models, network, batch_size, device):
-    """Median milliseconds of each model's forward pass, float32, channels last, timed in turn in one loop."""
+    """Milliseconds of each model's forward pass, float32, channels last, timed in turn: the least of 16 or
+    more passes, because other work on the machine only adds."""
     x = to_float(torch.zeros((batch_size, network["channels"], *network["size"]), device=device))
     times, wait = [], functools.partial(torch.cuda.synchronize, device) if device != "cpu" else lambda: None
     with torch.no_grad(), exact_float32(benchmark=True):
@@ -1135,7 +1148,7 @@ def latency(models, network, batch_size, device):
                 model(x)
                 wait()
                 times[-1].append(time.perf_counter())
-    return [round(1000 * float(t), 3) for t in np.median(np.diff(times[1:], axis=1), 0)]   # [0] warms up
+    return [round(1000 * float(t), 3) for t in np.diff(times[1:], axis=1).min(0)]       # [0] warms up
 
 
 def peak_memory():
@@ -1146,6 +1159,16 @@ def peak_memory():
 
 
 # ---------------------------------------------------------------- files
+@contextlib.contextmanager
+def plain_only(what):
+    """Makes torch.load's refusal of what is no plain value or tensor, even NumPy's numbers, a TypeError."""
+    try:
+        yield
+    except pickle.UnpicklingError as fault:
+        found = re.search(r"GLOBAL ([\w.]+)|$", str(fault))[1]
+        raise TypeError(f"{what} can hold plain values and tensors, not {found}") from None
+
+
 def save_file(path, content):
     """Writes a dict of plain values and tensors, or raises TypeError if it holds anything else: afterwards
     the file is whole, or what it was before."""
@@ -1159,11 +1182,9 @@ def save_file(path, content):
             torch.save(dict(format=FORMAT, **content), file)
             file.flush()
             os.fsync(file.fileno())
-        torch.load(temporary, "cpu", mmap=True, weights_only=True)       # a number of NumPy fails here
+        with plain_only(path):
+            torch.load(temporary, "cpu", mmap=True, weights_only=True)
         os.replace(temporary, path)
-    except pickle.UnpicklingError as fault:
-        found = re.search(r"GLOBAL ([\w.]+)|$", str(fault))[1]
-        raise TypeError(f"{path} can hold plain values and tensors, not {found}") from None
     except (OSError, RuntimeError) as fault:
         free = shutil.disk_usage(temporary.parent).free // 2**20
         raise Fault(f"{path} was not written ({first_line(fault)}); {free} MiB are free") from None
@@ -1189,7 +1210,8 @@ def read_file(path, own=True, **kinds):
         raise Fault(f"there is no file {path}") from None
     except Exception as fault:                                   # unpickling can raise anything
         reason = first_line(fault) if type(fault) is ValueError else type(fault).__name__
-        what = "not the file wanted here" if own else "holds more than tensors, which could run code"
+        what = "not the file wanted here" if own else (
+            "holds more than tensors, which could run code: save its state dict alone")
         raise Fault(f"{path} is damaged or {what} ({reason})") from None
 
 
@@ -1283,7 +1305,7 @@ def published_state(content, model, path):
     """The model's state dict from one that others published: wrapped in a dict, prefixed, with the names of
     kuangliu's networks or torchvision's."""
     def canonical(name):
-        name = re.sub(r"^((module|model)\.)+", "", name)
+        name = re.sub(r"^((module|model|_orig_mod)\.)+", "", name)
         return name.replace("shortcut.", "downsample.").replace("linear.", "fc.")
     for key in ("state_dict", "model_state_dict", "net", "model"):
         content = content[key] if isinstance(content.get(key), dict) else content
@@ -1291,7 +1313,8 @@ def published_state(content, model, path):
     for name, like in model.state_dict().items():
         default = like if name.endswith("num_batches_tracked") else None
         state[name] = t = left.pop(canonical(name), default)
-        shape = "missing" if t is None else tuple(t.shape) if t.isfinite().all() else "not finite"
+        odd = f"missing (but {next(iter(left), 'nothing')} is there)" if t is None else "not finite"
+        shape = tuple(t.shape) if t is not None and t.isfinite().all() else odd
         if shape != (wanted := tuple(like.shape)):
             raise UsageFault(f"argument --pretrained: {path}: its {name} is {shape}, wanted: {wanted}")
     for name in left:                                            # those of MadryLab's wrapper are duplicates
@@ -1414,9 +1437,14 @@ class Run:
         print(json.dumps(fields), file=self.file, flush=True)
 
     def compute_once(self, name, compute):
-        """compute(), plain data: computed once in a run's life and kept in its checkpoints."""
+        """compute(), called once in a run's life, by rank 0, and kept in its checkpoints: plain values and
+        tensors, given as a continued run gets them, copied to the CPU."""
         if name not in self.computed:
-            self.computed[name] = by_rank_0(compute)
+            file = io.BytesIO()
+            torch.save(by_rank_0(compute), file)
+            file.seek(0)
+            with plain_only(f"compute_once({name!r})"):
+                self.computed[name] = torch.load(file, "cpu", weights_only=True)
         return self.computed[name]
 
     def epochs(self, phase, **stateful):
@@ -1434,7 +1462,8 @@ class Run:
             if self.args.device != "cpu":
                 torch.cuda.set_rng_state(self.saved["random"]["cuda"], self.args.device)
             first, self.saved = self.saved["epoch"], None
-        else:
+        else:                                                    # rank 0 may have drawn in compute_once()
+            self.generator.set_state(by_rank_0(self.generator.get_state))
             self.save(0, stateful)
         def seed(epoch):
             if world() > 1:                                      # noise is to differ between processes
@@ -1460,7 +1489,9 @@ class Run:
             log_size=self.file.tell(), of_data=self.of_data))
 
     def batches(self):
-        """One epoch's training batches, inside epochs() only; the time to go is shown for all training."""
+        """One epoch's training batches, inside epochs(); the time to go is shown for all training."""
+        if not self.phase:
+            raise RuntimeError("between phases: data.batches(args.batch_size, run.generator)")
         size, steps = self.args.batch_size, self.data.steps(self.args.batch_size)
         names = [*self.phases]
         later = sum(self.phases[name] for name in names[names.index(self.phase):]) - self.epoch - 1

@@ -128,7 +128,7 @@ def get_args(argv=None):
 
 def phases_of(args):
     """{phase: epochs}; those of scores go to fine-tuning where no scores are trained."""
-    prune = args.prune_epochs if args.scores == "hydra" else 0
+    prune = 0 if args.scores == "lwm" else args.prune_epochs
     return dict(pretrain=args.pretrain_epochs, prune=prune,
                 finetune=args.finetune_epochs + args.prune_epochs - prune)
 

@@ -176,7 +176,8 @@ def method_of(run):
     scores = "lwm" if scores == "hydra" and not first else scores
     how = SCORES.get(scores, scores) or ("ADMM" if first else "one-shot")
     how = [MODES.get(mode) or (how if first + last else "bare cut"),
-           "not fine-tuned" if first and not last else "", OBJECTIVES.get(objective, objective)]
+           "not fine-tuned" if first and "finetune" not in run["seconds"] else "",
+           OBJECTIVES.get(objective, objective)]
     return ", ".join(filter(None, (fork, what))), far, ", ".join(filter(None, how))
 
 
