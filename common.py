@@ -811,8 +811,8 @@ def prepare(model, args, tf32=True):
     """The network on its device, in the fast memory layout, compiled where --compile says so. tf32: whether
     a GPU's float32 convolutions may be rounded to it from now on."""
     model.to(args.device, memory_format=torch.channels_last)
-    torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.fp32_precision = True, "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, tf32
+    torch.set_float32_matmul_precision("highest")
     for m in model.modules() if args.device == "cpu" else ():
         # Else oneDNN writes past a buffer in its backward pass (its issue 6035).
         narrow = isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.in_channels < 16
@@ -941,18 +941,28 @@ def per_cent(correct):
 @contextlib.contextmanager
 def exact_float32(benchmark=False):
     """Inside, float32 products have all digits (no TF32, no bfloat16), and convolutions are deterministic or,
-    with `benchmark`, the fastest. By torch's new flags: once one is set, reading the old ones can raise."""
+    with `benchmark`, the fastest. Sets torch's old flags, which torch.export reads, and its new ones."""
+    def readable(flag, default):                     # torch refuses to read old flags that new ones contradict
+        try:
+            return flag()
+        except RuntimeError:
+            return default
     cudnn, onednn = torch.backends.cudnn, torch.backends.mkldnn
-    kinds = (cudnn.conv, torch.backends.cuda.matmul, onednn.conv, onednn.matmul)
-    flags = [(cudnn, "benchmark"), (cudnn, "deterministic"), *((kind, "fp32_precision") for kind in kinds)]
-    before = [getattr(*flag) for flag in flags]
+    kinds = (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul, onednn.conv, onednn.matmul)
+    new, modes = [kind.fp32_precision for kind in kinds], (cudnn.benchmark, cudnn.deterministic)
+    old = (readable(torch.get_float32_matmul_precision, "highest"),
+           readable(lambda: cudnn.allow_tf32, False))
+    def set_flags(matmul, convolutions, new, modes):
+        torch.set_float32_matmul_precision(matmul)
+        cudnn.allow_tf32 = convolutions
+        for kind, precision in zip(kinds, new):                  # after the old flags, which change them
+            kind.fp32_precision = precision
+        cudnn.benchmark, cudnn.deterministic = modes
     try:
-        for flag, value in zip(flags, (benchmark, not benchmark, *["ieee"] * 4)):
-            setattr(*flag, value)
+        set_flags("highest", False, ["ieee"] * len(kinds), (benchmark, not benchmark))
         yield
     finally:
-        for flag, value in zip(flags, before):
-            setattr(*flag, value)
+        set_flags(*old, new, modes)
 
 
 @contextlib.contextmanager

@@ -148,12 +148,13 @@ def limits(args, step, bfloat16, device):
     """What the hardware allows: GFLOP/s of products of matrices (n, n) in the types used, GFLOP of a training
     step, as it must be and in naive form, how much faster the former is at those rates, bytes that a forward
     pass saves for the backward one, and where `step` spends its time."""
-    n, rates, matmul = 2048 if device == "cpu" else 16384, {}, torch.backends.cuda.matmul
-    precision, matmul.fp32_precision = matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+    n, rates, precision = 2048 if device == "cpu" else 16384, {}, torch.get_float32_matmul_precision()
+    tf32 = device != "cpu" and torch.backends.cudnn.allow_tf32       # as in the naive step's convolutions
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     for kind in ("float32", "bfloat16")[:1 + bfloat16]:              # some CPUs take minutes for the latter
         a, b = torch.rand(2, n, n, device=device).to(getattr(torch, kind))
         rates[kind] = round(2e-9 * n**3 / min(seconds_of(lambda: a @ b, device) for _ in range(5)))
-    matmul.fp32_precision = precision
+    torch.set_float32_matmul_precision(precision)
     model = build_network(args.arch, args.width, 3, 10, (32, 32)).to(device)
     forward = 2e-9 * args.batch_size * count_macs(model, dict(channels=3, size=(32, 32)))
     work = dict(naive=3 * forward * (args.num_steps + 1), default=forward * (2 * args.num_steps + 3))
@@ -274,7 +275,7 @@ def main(argv=None):
                   device="cpu" if device == "cpu" else torch.cuda.get_device_name(device),
                   threads=torch.get_num_threads(), torch=torch.__version__, rounds=args.rounds,
                   bfloat16_but_in_naive=bfloat16, steps={}, added_per_cent={},
-                  tf32_in_naive=device != "cpu" and torch.backends.cudnn.conv.fp32_precision == "tf32")
+                  tf32_in_naive=device != "cpu" and torch.backends.cudnn.allow_tf32)
     for name, t in times.items():
         middle = statistics.median(t)
         result["steps"][name] = dict(
