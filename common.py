@@ -942,7 +942,7 @@ def per_cent(correct):
 def exact_float32(benchmark=False):
     """Inside, float32 products have all digits (no TF32, no bfloat16), and convolutions are deterministic or,
     with `benchmark`, the fastest. Sets torch's old flags, which torch.export reads, and its new ones."""
-    def readable(flag, default):                     # torch refuses to read old flags that new ones contradict
+    def readable(flag, default):                 # torch refuses to read old flags that new ones contradict
         try:
             return flag()
         except RuntimeError:
