@@ -40,6 +40,8 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn
 from torch.utils.flop_counter import FlopCounterMode
 
+os.environ["ONEDNN_DEFAULT_FPMATH_MODE"] = "STRICT"              # ARM CPUs may be told to round float32
+
 # Default flags by data set; compress_epochs: --admm-, --prune- or --relax-epochs. Radius, step and number of
 # steps of MNIST and CIFAR are the papers', the rest is ours.
 CIFAR = dict(arch="resnet18", width=16, pretrain_epochs=40, compress_epochs=20, finetune_epochs=20,
@@ -188,8 +190,9 @@ def resolve(parser, args, longest_ramp=lambda args: args.pretrain_epochs, **defa
     args.device = check_device(args.device)
     if args.batch_size % world() or args.batch_size < 2 * world():
         parser.error(f"argument --batch-size: {args.batch_size} is not {world()} equal shares of 2 or more")
-    if args.compile and not any(map(shutil.which, ("cc", "gcc", "c++", "g++", "clang++", "cl"))):
-        parser.error("argument --compile: torch.compile needs a C++ compiler, and none is on the PATH")
+    compiler = os.environ.get("CXX") or {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
+    if args.compile and not shutil.which(compiler):
+        parser.error(f"argument --compile: torch.compile needs a C++ compiler, and there is no {compiler}")
     if args.amp == "on" and args.device != "cpu" and not bfloat16_is_fast(args.device):
         parser.error("argument --amp: on is not for this GPU, which has no bfloat16")
     args.amp = args.amp == "on" or args.amp == "auto" and bfloat16_is_fast(args.device)
@@ -252,7 +255,8 @@ def cli(main):
                 command = shlex.join([*LAUNCHER, *(a for a in sys.argv if a != "--resume"), "--resume"])
                 message += f"; the last finished epoch is kept. To continue: {command}"
     except Exception as fault:
-        status, words = 1, "out of memory|allocate memory|ALLOC_FAILED|find an engine|worker .*(Killed|Bus)"
+        status, words = 1, ("out of memory|not enough memory|allocate memory|ALLOC_FAILED|find an engine|"
+                            "worker .*(Killed|Bus)")
         if isinstance(fault, MemoryError) or isinstance(fault, RuntimeError) and re.search(words, str(fault)):
             message = (f"out of memory ({first_line(fault)}); smaller --batch-size, --width, --eval-images, "
                        "--workers may help")
@@ -375,7 +379,8 @@ class Photos:
         warnings.filterwarnings("ignore", "This DataLoader will create")         # more processes than cores
         loader = torch.utils.data.DataLoader(                        # its items are whole batches
             [index.tolist() for index in batches], batch_size=None, num_workers=self.workers,
-            collate_fn=functools.partial(self.decode, crop=crop, seed=seed), pin_memory=str(device) != "cpu")
+            collate_fn=functools.partial(self.decode, crop=crop, seed=seed), pin_memory=str(device) != "cpu",
+            multiprocessing_context="fork" if sys.platform == "linux" else None)         # others take seconds
         for images in loader:
             if isinstance(images, Fault):
                 raise images
@@ -1193,7 +1198,7 @@ def save_file(path, content):
             file.flush()
             os.fsync(file.fileno())
         with plain_only(path):
-            torch.load(temporary, "cpu", mmap=True, weights_only=True)
+            torch.load(temporary, "cpu", mmap=os.name != "nt", weights_only=True)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as fault:
         free = shutil.disk_usage(temporary.parent).free // 2**20
@@ -1360,7 +1365,7 @@ class Run:
         self.flags = {k: v for k, v in vars(args).items() if k not in may_differ}
         args.output = args.output or default_folder(self.script, self.flags)
         self.folder = Path(args.output)
-        if not self.script.isidentifier() or not Path(__file__).with_name(f"{self.script}.py").is_file():
+        if not self.script.isidentifier() or f"{self.script}.py" not in os.listdir(Path(__file__).parent):
             raise UsageFault(f"{script} must lie beside common.py, with only letters, digits and _ in its "
                              "name: model.pt is read back through it")
         argv = sys.argv[1:] if argv is None else argv

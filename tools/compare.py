@@ -94,7 +94,7 @@ def read_run(folder, base):
     kept = base / folder / "evaluate-autoattack.json"
     with contextlib.suppress(FileNotFoundError):
         try:
-            found = json.loads(kept.read_text())
+            found = json.loads(kept.read_bytes())        # of PowerShell it is UTF-16
             if any(found[k] != run[k] for k in ("script", "bytes")) or found["dataset"] != run["args"][
                     "dataset"] or found["attack"]["epsilon"] != run["attack"]["epsilon"]:
                 raise ValueError("it is of another file, data set or radius")
@@ -128,6 +128,7 @@ def same_but_seed(patterns, base):
     rows = {}
     for pattern in patterns:
         for folder in sorted(glob.glob(pattern, root_dir=base)) or [pattern]:
+            folder = Path(folder).as_posix()
             try:
                 run = read_run(folder, base)
                 flags = {k: v for k, v in flags_of(run).items() if k != "amp"}
