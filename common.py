@@ -147,7 +147,8 @@ def script_parser(doc, script, phase, networks=(), adapt=lambda recipe: {}):
     train.add_argument("--pretrain-epochs", type=whole(0, 10000))
     train.add_argument("--finetune-epochs", type=whole(0, 10000))
     train.add_argument("--batch-size", type=whole(2, 65536))
-    train.add_argument("--lr", type=rate, help="peak learning rate of pre-training")
+    train.add_argument("--lr", type=rate, help="peak rate of pre-training (by default 0.05, not "
+                       "0.2, for networks without batch norm)")
     train.add_argument("--momentum", type=number(0, 0.999))
     train.add_argument("--weight-decay", type=number(0, 1))
     train.add_argument("--amp", choices=("auto", "on", "off"), default="auto",
@@ -179,6 +180,8 @@ def resolve(parser, args, longest_ramp=lambda args: args.pretrain_epochs, **defa
     recipe = dict(parser.recipes.get(args.dataset, parser.recipes["cifar10"]))
     if args.epsilon is not None:                                     # a new radius scales the step too
         recipe["step_size"] = min(1.0, recipe["step_size"] * (args.epsilon / recipe["epsilon"]))
+    if args.arch in ("lenet", "cnn_small", "cnn_large") and recipe["lr"] == CIFAR["lr"]:
+        recipe["lr"] /= 4                        # without batch norm LeNet stayed at chance at 0.2
     ramp_given = args.ramp_epochs or 0
     for name, value in (recipe | defaults).items():
         if getattr(args, name) is None:

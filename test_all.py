@@ -2361,6 +2361,9 @@ def test_defaults_are_the_papers_and_the_evaluation_is_stronger_than_the_trainin
              for objective in ("natural", "smooth", "pgd", "crown-ibp")]
     assert ramps == [0, 0, 10, 15]                                           # the first two have no radius
     assert cstar.get_args("--dataset=mnist --device=cpu --pretrain-epochs=3".split()).ramp_epochs == 3
+    rates = [admm_prune.get_args(["--device=cpu", *f"--arch={arch} {more}".split()]).lr for arch, more in (
+        ("vgg16", ""), ("lenet", ""), ("lenet", "--lr=0.2"), ("cnn_large", "--dataset=digits"))]
+    assert rates == [0.2, 0.05, 0.2, 0.1]                                # at 0.2 LeNet learns nothing
     radii = [hydra_prune.get_args(["--device=cpu", "--objective=mixtrain", f"--dataset={name}"]).epsilon
              for name in ("cifar10", "mnist", "digits")]
     assert radii == [2 / 255, 0.1, 0.02]
