@@ -191,13 +191,13 @@ def named(words, flags, unsaid=frozenset()):
 
 def labels_of(rows):
     """What a person calls each row; if two would have one name, all flags in which these differ are added.
-    Where rows were not trained equally long after pre-training, their epochs are."""
+    Where fine-tuned rows were not trained equally long after pre-training, their epochs are."""
     flags, methods = [flags_of(runs[0]) for runs in rows], [method_of(runs[0]) for runs in rows]
     for f, method, (run, *_) in zip(flags, methods, rows):
         if method[1].startswith("width"):
             del f["width"]                                       # the words say it
         args = run["args"]
-        if "finetune" in run["seconds"] and method[1] != "float":
+        if "finetune" in run["seconds"] and method[1] != "float" and args.get("mode") != "ticket":
             f["epochs"] = str(args["finetune_epochs"] + sum(args[k] for k in FIRST_PHASE & set(args)))
     labels = named([", ".join(filter(None, method)) for method in methods], flags, UNSAID)
     for label in {label for label in labels if labels.count(label) > 1}:
