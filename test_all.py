@@ -668,42 +668,6 @@ def test_evaluating_on_the_cpu_puts_a_gpus_random_numbers_back(robust, monkeypat
     assert [*map(list, kept)] == [[], [0, 1, 2]]
 
 
-CUDNN, ONEDNN, BACKENDS = torch.backends.cudnn, torch.backends.mkldnn, torch.backends
-PRODUCTS = CUDNN.conv, BACKENDS.cuda.matmul, ONEDNN.conv, ONEDNN.matmul
-
-
-@pytest.mark.parametrize("change", [
-    lambda: torch.set_float32_matmul_precision("medium"), lambda: setattr(CUDNN, "allow_tf32", False),
-    *(functools.partial(setattr, kind, "fp32_precision", "tf32")
-      for kind in (BACKENDS, CUDNN, *PRODUCTS[:2])),
-    functools.partial(setattr, CUDNN.conv, "fp32_precision", "ieee")])
-def test_evaluation_is_in_exact_float32_whatever_the_program_has_set(
-        robust, digits, real_latency, change):
-    """By torch's old flags or its new ones, after which reading the old can raise."""
-    def flags():
-        return *(kind.fp32_precision for kind in PRODUCTS), CUDNN.benchmark, CUDNN.deterministic
-    kinds = BACKENDS, CUDNN, CUDNN.rnn, ONEDNN, *PRODUCTS
-    precisions = [kind.fp32_precision for kind in kinds]
-    seen, image, network = [], [t[:1] for t in digits.test], dict(channels=1, size=(8, 8))
-    model = Wrapped(robust, lambda f, x: (seen.append(flags()), f(x))[1]).eval()
-    try:
-        change()
-        before = flags()
-        common.evaluate(model, image, **SETTINGS | dict(num_steps=1))
-        assert set(seen) == {("ieee",) * 4 + (False, True)} and flags() == before
-        seen.clear()
-        real_latency([model], network, 1, "cpu")
-        assert set(seen) == {("ieee",) * 4 + (True, False)} and flags() == before
-        with common.exact_float32():
-            assert torch.get_float32_matmul_precision() == "highest" and not CUDNN.allow_tf32
-            torch.export.export(robust, (common.to_float(image[0]),))    # reads the old flags
-    finally:
-        torch.set_float32_matmul_precision("highest")
-        CUDNN.allow_tf32 = True
-        for kind, precision in zip(kinds, precisions):
-            kind.fp32_precision = precision
-
-
 def test_evaluate_takes_bytes_as_labels_and_refuses_what_is_no_image_label_or_number(robust, digits):
     x, y = images = [t[:60] for t in digits.test]
     model = copy.deepcopy(robust).train()
@@ -2884,6 +2848,41 @@ def test_two_processes_find_the_accuracies_of_one_and_attack_no_image_twice():
     (attacked, one), (first, two), (second, again) = together(1, judge) + together(2, judge)
     assert attacked == first + second > first > 0 and one == two == again
     assert 0 < one[0]["robust_acc"] < one[0]["clean_acc"] and 0 < one[1]["verified_acc"] < 100
+
+
+def exact(kind, value):
+    """Flags before, while networks are evaluated and timed in exact_float32, and after, once one was set."""
+    backends, seen = torch.backends, []
+    cudnn, onednn = backends.cudnn, backends.mkldnn
+    products = cudnn.conv, backends.cuda.matmul, onednn.conv, onednn.matmul
+    def flags():
+        return *(product.fp32_precision for product in products), cudnn.benchmark, cudnn.deterministic
+    if kind == "old":
+        torch.set_float32_matmul_precision(value)
+    else:
+        setattr(dict(all=backends, cudnn=cudnn, convolutions=cudnn.conv, products=products[1])[kind],
+                "fp32_precision", value)
+    before, images = flags(), [t[:1] for t in common.load_data(digits_args(cstar)).test]
+    model = Wrapped(resnet().eval(), lambda f, x: (seen.append(flags()), f(x))[1]).eval()
+    common.evaluate(model, images, **SETTINGS | dict(num_steps=1))
+    evaluated = set(seen)
+    seen.clear()
+    common.latency([model], dict(channels=1, size=(8, 8)), 1, "cpu")
+    timed = set(seen)
+    with common.exact_float32():
+        assert torch.get_float32_matmul_precision() == "highest" and not cudnn.allow_tf32
+        torch.export.export(resnet().eval(), (common.to_float(images[0]),))          # reads the old flags
+    return before, evaluated, timed, flags()
+
+
+@pytest.mark.parametrize("kind, value", [
+    ("old", "medium"), ("convolutions", "ieee"),
+    *((kind, "tf32") for kind in ("all", "cudnn", "convolutions", "products"))])
+def test_evaluation_is_in_exact_float32_whatever_the_program_has_set(kind, value):
+    """By torch's old flags or its new ones, after which reading the old can raise; in a process of its own."""
+    (before, evaluated, timed, after), = together(1, exact, kind, value)
+    assert evaluated == {("ieee",) * 4 + (False, True)} and timed == {("ieee",) * 4 + (True, False)}
+    assert before == after
 
 
 def stop_and_resume(folder):
