@@ -181,7 +181,7 @@ def resolve(parser, args, longest_ramp=lambda args: args.pretrain_epochs, **defa
     if args.epsilon is not None:                                     # a new radius scales the step too
         recipe["step_size"] = min(1.0, recipe["step_size"] * (args.epsilon / recipe["epsilon"]))
     if args.arch in ("lenet", "cnn_small", "cnn_large") and recipe["lr"] == CIFAR["lr"]:
-        recipe["lr"] /= 4                        # without batch norm LeNet stayed at chance at 0.2
+        recipe["lr"] /= 4                        # without batch norm: see results/lenet-rates.txt
     ramp_given = args.ramp_epochs or 0
     for name, value in (recipe | defaults).items():
         if getattr(args, name) is None:

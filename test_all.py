@@ -2879,7 +2879,7 @@ def exact(kind, value):
     ("old", "medium"), ("convolutions", "ieee"),
     *((kind, "tf32") for kind in ("all", "cudnn", "convolutions", "products"))])
 def test_evaluation_is_in_exact_float32_whatever_the_program_has_set(kind, value):
-    """By torch's old flags or its new ones, after which reading the old can raise; in a process of its own."""
+    """By torch's old flags or new ones, after which reading the old can raise; in a process of its own."""
     (before, evaluated, timed, after), = together(1, exact, kind, value)
     assert evaluated == {("ieee",) * 4 + (False, True)} and timed == {("ieee",) * 4 + (True, False)}
     assert before == after
