@@ -15,13 +15,13 @@ and let ADMM pull the weights towards sparse ones, so that the final cut costs l
   [G]  W <- project(W), the pruned stay zero; then trained on like [A], with a fresh optimizer
   [H]  of filters, W_l is the weight, its bias and the batch norm's scale and shift: all that the cut zeroes;
        which filters stay depends on the weights alone, as in the paper: Z is then not the nearest point
-A column of the matrix (filters, C k k) is a position (c, i, j) in all filters. The paper's theta is W.
+C: input channels, k: kernel; a column of the matrix (filters, C k k) is a position (c, i, j) in all filters.
 The baselines of --mode have as many epochs: post cuts the dense network at once (appendix A); scratch trains
-one of --target-width; ticket trains what the pruned network kept from the initial values of the dense one.
+a network of --target-width; ticket trains the filters (or weights) that ADMM kept from their initial values.
 
 Sources
 * The paper: [A] to [E], and that every layer is pruned alike. It prints [F] as U + rho (W - Z), which does
-  not agree with its (8) and (10); its code has this form. Its rho is 1e-3.
+  not agree with its (8) and (10); its code has this form. The paper's theta is W, its rho 1e-3.
 * Its code (yeshaokai/Robustness-Aware-Pruning-ADMM): [E]'s interval in epochs, [G], and that the classifier
   stays whole (in its example for a robust LeNet the hidden linear layer too). What differs there: examples
   multiply rho by 1.3 at each update and leave U as it is (here U shrinks as rho grows); U keeps an autograd
@@ -35,10 +35,10 @@ Sources
   initial weights (their MNIST LeNet's convolutions: Xavier's), the last epoch's network (theirs: the best on
   the test set), the reading of --mode ticket, removing dead filters, --group-residual: only with it does a
   ResNet-18 pruned 16 -> 4 become as small as one of width 4.
-Note: [G] keeps the dense network's running statistics. With our rho, digits' masks hardly move
-(mask_changed in the log): Z is the one-shot cut. While the rate rises, U winds up, so that what is to be
-pruned swings past zero before it fades; with --admm-rise 0 it only fades. results/README.md has that and a
-rho that grows.
+Note: [G] keeps the dense network's running statistics. With our rho the masks of digits hardly change
+(mask_changed in the log): Z prunes what cutting at once would. While the rate is still low W cannot follow
+and U grows, so that what is to be pruned crosses zero before it fades; with --admm-rise 0 it only fades
+(results/README.md, with a growing rho too).
 
   python admm_prune.py --dataset digits                one or two minutes of a CPU core, offline
   python admm_prune.py --arch resnet18 --target-width 4                 CIFAR-10, 16 -> 4, for a GPU
@@ -63,6 +63,14 @@ from common import (Run, UsageFault, apply_masks_, autocast, build_network, chec
                     load_pretrained, make_optimizer, network_of, number, parameter_masks, pgd, prepare, ramp,
                     rate, read_artifact, removable_groups, remove_filters_, resize_, resolve, save_model,
                     script_parser, topk_mask, whole)
+
+
+# How each mode spends the epochs p + a + f of pre-training, ADMM and fine-tuning: the sum is the same.
+MODES = {
+    "admm": lambda p, a, f: (p, a, f),                           # the paper's method
+    "post": lambda p, a, f: (p, 0, a + f),                       # cut at once, its appendix A
+    "scratch": lambda p, a, f: (p + a + f, 0, 0),                # first hypothesis: only the size matters
+    "ticket": lambda p, a, f: (0, 0, p + a + f)}                 # second: size and inherited initial values
 
 
 def get_args(argv=None):
@@ -114,14 +122,6 @@ def get_args(argv=None):
     if 0 < phases["admm"] < args.admm_interval:
         parser.error(f"argument --admm-interval: {args.admm_interval} is more than --admm-epochs")
     return args
-
-
-# How each mode spends the epochs p + a + f of pre-training, ADMM and fine-tuning: the sum is the same.
-MODES = {
-    "admm": lambda p, a, f: (p, a, f),                           # the paper's method
-    "post": lambda p, a, f: (p, 0, a + f),                       # cut at once, its appendix A
-    "scratch": lambda p, a, f: (p + a + f, 0, 0),                # first hypothesis: only the size matters
-    "ticket": lambda p, a, f: (0, 0, p + a + f)}                 # second: size and inherited initial values
 
 
 def phases_of(args):
@@ -180,8 +180,8 @@ def project(w, mask):
 
 
 class ADMM:
-    """The penalty of [D] and the updates [E] and [F]; z, u, masks are {parameter: tensor like it}, for those
-    parameters that choose({name: parameter}) gives masks of [H].
+    """The penalty of [D] and the updates [E] and [F]; z, u, masks are {parameter: tensor like it}. choose(
+    {parameter: its values}) gives the masks [B]: of weights and, for filters, of all that [H] names.
 
     After each update rho grows by the factor `growth` up to rho_max, and u, which is the multiplier over rho,
     shrinks as much."""

@@ -14,11 +14,11 @@ term for clean images too.
          2 bits   (ternary) c = sign(v) where |v| >= 0.7 mean |v|, else 0;  s = mean |v| over those kept
          m bits   |c| = min(M, ceil(|v| / s0 - 1/2)), M = 2^(m-1) - 1, s0 = 2 max |v| / (2 M + 1);
                   s = <|v|, |c|> / <c, c>
-  [C]  w = (lam q + v) / (lam + 1), where the network runs; the proximal point of lam/2 dist(w, Q)^2 if q is
-         the nearest of Q, as for 1 bit; by the rules for 2 and 4 it is not: the squared error of 36,864
-         Gaussian weights is 1.01 (by the authors' scale for 2 bits 1.8) and about 2 times the least
+  [C]  w = (lam q + v) / (lam + 1), where the network runs: the proximal point of lam/2 dist(w, Q)^2 if q is
+         the point of Q nearest to v. For 1 bit it is; the rules of 2 and 4 bits miss it: the squared error of
+         36,864 Gaussian weights is 1.01 (by the authors' scale 1.8) and about 2 times the least
   [D]  v <- SGD(v, dL/dw):  the gradient is taken at w, the step, its momentum and weight decay act on v
-  [E]  lam <- 350^(1 / switch) lam after every epoch, from 1 (theirs: 1.05 lam, switch 120); then w = q
+  [E]  lam = 350^(t / switch) in epoch t = 0, 1, ... (theirs: 1.05^t, switch 120); from t = switch on w = q
   [F]  L = 8 CE(f_w(x_adv), y) + 1 CE(f_w(x), y),  x_adv by PGD on f_w;  (9) in their README
   [G]  input channel k of a layer is dead if W[:, k] = 0;  ours: if no layer reads it, its writer is removed
 The latent weights are v here; x, y are always image and label.
@@ -34,11 +34,11 @@ Sources
   (here 1); Delta = 0.7 mean |v| and s0 / 2 have caps, 100 and 10; the clean images pass first; PGD runs in
   training mode, and its iterates enter batch norm's running statistics (here it sees those, and they stay);
   the network is the best on test images that are cropped (here q of the last v); SGD is not Nesterov's.
-* Ours: one cycle of the rate over both phases, so that the switch comes at half of its peak (theirs, in
-  steps: at a hundredth; --finetune-lr); pre-training, as Binary-Relax's demo has it (theirs: from scratch;
-  dense.pt is then the untrained network); without fine-tuning, batch norm's statistics anew at q, of clean
-  images; with noise, an evaluation by EOT, judged by the mean over 10 draws (new ones, on the worst of all
-  restarts), and flagged as random.
+* Ours: one cycle of the rate over both phases, in which it is at half of its peak at the switch (theirs falls
+  in steps and is at a hundredth: --finetune-lr); pre-training, as in Binary-Relax's demo (theirs: none, which
+  here makes dense.pt the untrained network); without fine-tuning, batch norm's statistics anew at q, on clean
+  images; with noise, attacks on gradients averaged over --eot draws, judged by the mean over 10 new draws on
+  the worst of all restarts, and the flag for random output.
 In an EnResNet only channels between the two convolutions of a block can be removed, a part of the dead ones.
 
   python binary_relax.py --dataset digits --bits 2     four minutes of one CPU core, offline
@@ -67,8 +67,9 @@ from common import (CIFAR, RECIPES, Fault, Run, UsageFault, WideBlock, autocast,
 
 def get_args(argv=None):
     def adapt(recipe):
+        """EnResNet, and the authors' share of relaxed epochs, 120 of 200."""
         epochs = recipe["compress_epochs"] + recipe["finetune_epochs"]
-        relaxed = round(0.6 * epochs)                                # the authors': 120 of 200
+        relaxed = round(0.6 * epochs)
         arch = recipe["arch"] if recipe["arch"].startswith("imagenet") else "enresnet"
         return dict(arch=arch, width=max(8, recipe["width"]), compress_epochs=relaxed,
                     finetune_epochs=epochs - relaxed)
@@ -209,7 +210,7 @@ def project(v, bits):
     if bits == 2:
         kept = a >= 0.7 * a.mean()
         return v.sign() * kept, (a * kept).sum() / kept.sum()
-    levels = 2**(bits - 1) - 1
+    levels = 2**(bits - 1) - 1                                       # M, and s0:
     step = (2 * a.max() / (2 * levels + 1)).clamp(min=torch.finfo(v.dtype).tiny)
     codes = (a / step - 0.5).ceil().clamp(0, levels)
     return v.sign() * codes, (a * codes).sum() / codes.square().sum().clamp(min=1)
@@ -330,7 +331,7 @@ def train_epoch(model, batches, optimizer, schedule, args, weights=(), lam=math.
             loss = sum(share[name] * F.cross_entropy(out.float(), y) for name, out in logits.items())    # [F]
             optimizer.zero_grad()
             loss.backward()
-        optimizer.step()                                             # [D] on v
+        optimizer.step()                                             # [D]: .grad is at w, weights are v again
         schedule.step()
         total, n = total + loss.detach() * len(y), n + len(y)
         for name, out in logits.items():

@@ -9,8 +9,8 @@ weights towards that form while they train on adversarial images, so that the fi
   [A]  min_W  E max_{|d| <= epsilon} loss(f_W(x + d), y)    s.t. W_l of Tucker-2 form, sizes within a budget
   [B]  W = G x_1 A x_2 B,  G (ro, ri, k, k), A (S, ro), B (C, ri);     parameters  C ri + k k ro ri + S ro
   [C]  E(ro, ri) = ||W||^2 - sum of squares of the leading ro x ri block of the full HOSVD core
-  [D]  ranks of all layers, chosen once, from the trained W: small sum_l E_l / ||W_l||^2 (greedy, inexact),
-       all parameters <= total / ratio; each layer first gets 3 % of its full rank; it may stay dense
+  [D]  ranks of all layers, chosen once, from the trained W: sum_l E_l / ||W_l||^2 small (greedy on convex
+       hulls, inexact), all parameters <= total / ratio; 3 % of every full rank first; a layer may stay dense
   [E]  W <- SGD on  loss(f_W(x_adv), y) + rho/2 sum_l ||W_l - Z_l + U_l||^2
   [F]  Z <- project(W + U)          after every epoch: truncated HOSVD, --hooi N sweeps on top
   [G]  U <- U + W - Z               then: scaled dual; at first U = 0, Z = project(W)
@@ -47,7 +47,7 @@ from common import (Run, UsageFault, autocast, build_network, by_rank_0, check_f
                     load_data, load_pretrained, make_optimizer, network_of, number, pgd, prepare, ramp, rate,
                     reestimate_batchnorm_, resolve, save_model, script_parser, whole)
 
-FLOOR = 0.03                                                     # in [D], of every full rank
+FLOOR = 0.03                                                     # [D]: the share of a full rank given first
 
 
 def get_args(argv=None):
@@ -92,7 +92,8 @@ def is_matrix(w):
 
 def tucker2(w, rank, hooi=0):
     """[B] Factors of a weight (S, C, k, k) at rank (ro, ri): G (ro, ri, k, k), A (S, ro), B (C, ri); matrices
-    (S, C) at rank (r,): A (S, r), B (C, r). Truncated HOSVD in float64, then `hooi` alternating sweeps."""
+    (S, C) at rank (r,): A (S, r), B (C, r). Truncated HOSVD in float64, then `hooi` alternating sweeps.
+    In einsum: s, c, o, i are S, C, ro, ri; xy is the kernel."""
     check_finite("a weight", w)
     w = w.double()
     if is_matrix(w):
@@ -120,8 +121,8 @@ def factorisable(model):
 
 
 def cost(shape, rank, place=(1, 1)):
-    """[B] Parameters of a weight of that shape at that rank, None being dense; or, given place = (positions
-    in the layer's input, in its output), its multiply-accumulates per image."""
+    """[B] Parameters of a weight of that shape at that rank, None being dense; or, given place = (pixels
+    of the layer's input, of its output), its multiply-accumulates per image."""
     (s, c, *kernel), (inputs, outputs) = shape, place
     k2 = math.prod(kernel)
     if rank is None:
@@ -132,7 +133,7 @@ def cost(shape, rank, place=(1, 1)):
 
 
 def positions(model, network):
-    """{name: (positions in its input, in its output)} of all convolutions and linear layers."""
+    """{name: (pixels of its input, of its output)} of all convolutions and linear layers."""
     places = {}
     def note(layer, inputs, output):
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -148,10 +149,10 @@ def budget_of(model, ratio, places=None):
     total = sum(p.numel() for p in model.parameters())
     if places:
         total = sum(cost(model.get_submodule(n).weight.shape, None, place) for n, place in places.items())
-    least = fixed = total
-    for name, m in factorisable(model).items():
-        costs = [cost(m.weight.shape, rank, places[name] if places else (1, 1)) for rank in (None, (1, 1))]
-        fixed, least = fixed - costs[0], least - costs[0] + min(costs)
+    costs = [[cost(m.weight.shape, rank, places[name] if places else (1, 1)) for rank in (None, (1, 1))]
+             for name, m in factorisable(model).items()]             # (dense, at ranks 1)
+    fixed = total - sum(dense for dense, _ in costs)
+    least = fixed + sum(map(min, costs))
     if total // ratio < least:
         most = total / least - 0.005                             # so that .2f rounds down
         raise UsageFault(f"argument --ratio: {ratio:g} is not from 1 to {most:.2f}, what this network allows")
@@ -175,8 +176,8 @@ def error_table(w):
 
 
 def chain(w, least, place=(1, 1)):
-    """Nested states (cost, relative error, rank) of a layer, from the ranks `least` to dense. Built from full
-    rank down: each step lowers by one the rank that loses less energy for the cost saved."""
+    """[D] A layer's choices (cost, relative error, rank), cheapest first, from the ranks `least` to dense.
+    Found from full rank down: of ro and ri that one falls by 1 which adds less error for the cost saved."""
     table = (error_table(w) / w.double().square().sum().clamp_min(1e-300)).numpy()
     error = lambda rank: float(table[tuple(r - 1 for r in rank)])
     rank, dense = full_rank(w), cost(w.shape, None, place)
@@ -193,7 +194,7 @@ def chain(w, least, place=(1, 1)):
 
 
 def hull_segments(states):
-    """Lower convex hull of a chain: (change of relative error for a unit of cost, states of the segment)."""
+    """Lower convex hull of a chain, [(slope, states)]: slopes rise, so sorting by them keeps its order."""
     hull = []
     for i, (c, e, _) in enumerate(states):
         while len(hull) > 1:
@@ -207,8 +208,8 @@ def hull_segments(states):
 
 
 def rank_path(weights, places, floor):
-    """[D] Yields (name, rank or None), step by step from ranks 1 everywhere to dense: all ranks rise together
-    to the fraction `floor` of full ones, then hull segments come in order of gain for their cost."""
+    """[D] Yields (name, its new rank or None), step by step from ranks 1 everywhere to dense: first all ranks
+    rise together to the fraction `floor` of full ones, then hull segments follow, the steepest first."""
     full = {name: full_rank(w) for name, w in weights.items()}
     least = {name: [math.ceil(floor * n) for n in rank] for name, rank in full.items()}
     ranks = {name: [1] * len(rank) for name, rank in full.items()}
@@ -227,7 +228,7 @@ def rank_path(weights, places, floor):
 
 def choose_ranks(weights, budget, rule="hull", places=None):
     """[D] Ranks (ro, ri), (r,) or None (dense) for weights {name: (S, C, ...)}: rank_path() as far as the
-    budget goes, so that no rank grows with the ratio. By "uniform" ranks only rise together."""
+    budget goes, so that a larger ratio never gives a larger rank. "uniform": all rise together to the end."""
     places = places or dict.fromkeys(weights, (1, 1))
     def state(name, rank):
         """(cost, rank), dense where that costs no more."""
@@ -371,8 +372,8 @@ def main(argv=None):
         return choose_ranks(weights, budget, args.rank_rule, places)
     ranks = run.compute_once("ranks", save_dense_and_choose_ranks)                   # [D]
 
-    # Phase 2: ADMM pulls the dense weights towards those ranks. W follows Z - U with a time constant of
-    # (1 - momentum) / (lr rho) steps, a third of an epoch at first. If the rate rose first, U would wind up.
+    # Phase 2: ADMM pulls the dense weights towards those ranks. [E] moves W to Z - U with a time constant of
+    # (1 - momentum) / (lr rho) steps, at first a third of an epoch. At a low first rate U would grow instead.
     rho = args.rho or min(1, 3 * (1 - args.momentum) / data.steps(args.batch_size)) / args.admm_lr
     admm = ADMM(layers, ranks, rho, args.hooi)
     optimizer, schedule = make_optimizer(model, args.admm_lr, args.admm_epochs, data, args, rise=0.0)
@@ -389,7 +390,7 @@ def main(argv=None):
     if not run.saved:                                                # else last.pt has the statistics
         count = min(200, data.steps(args.batch_size))
         reestimate_batchnorm_(model, data.batches(args.batch_size, run.generator), count)
-        # A copy keeps these statistics and is attacked; the model's become those of the attacked images.
+        # PGD needs fixed statistics, and the model's change here: so a copy with the clean ones is attacked.
         source = prepare(copy.deepcopy(model.cpu()), args).eval()
         model.to(args.device)
         reestimate_batchnorm_(model, ((pgd(source, x, y, args.epsilon, args.step_size, args.num_steps), y)

@@ -6,27 +6,26 @@ HYDRA: Pruning Adversarially Robust Neural Networks. NeurIPS 2020, arXiv 2002.10
 The idea: train for the robustness that you want, in every phase. The first paper prunes by magnitude (LWM),
 whatever the objective; HYDRA lets the objective decide, by training importance scores before the cut.
 
-  [A]  pre-train  min_w E L(w; x, y);  L, the same in all phases, is one of [F], [J], [K], [L], natural:
-       CE(f(x), y), and pgd: CE(f(x_adv), y), where x_adv maximises that
+  [A]  pre-train  min_w E L(w; x, y).  L is --objective in all phases: natural, CE(f(x), y); pgd, CE(f(x_adv),
+                  y), x_adv maximising it; trades [F]; crown-ibp [J]; mixtrain [K]; smooth [L]
   [B]  m(s) = 1 for the ceil(n / ratio) largest |s| of a layer's n weights, else 0;  HYDRA's k is 1 / ratio
   [C]  s = sqrt(6 / fan_in) w / max |w|           HYDRA's scaled initialization; m(s) of it prunes the lowest
                                                   magnitudes (LWM)
-  [D]  prune      min_s E L(w * m(s); x, y)  w fixed, batch norms not;  dL/ds := sign(s) w dL/d(w m)
+  [D]  prune      min_s E L(w * m(s); x, y)  w fixed, batch norms trained;  dL/ds := sign(s) w dL/d(w m)
   [E]  fine-tune  min_w E L(w * m; x, y)          m fixed
   [F]  trades     CE(f(x), y) + beta KL(p(x) || p(x_adv)),  x_adv maximises that KL
   [G]  interval bounds: center c and radius r of a box become W c + b and |W| r; the last layer takes margins
   [H]  CROWN-IBP: margins as linear functions of x, each ReLU between two lines over its interval of [G]
   [I]  symbolic intervals: like [H], but both lines of slope u / (u - l), and l and u from such lines too
-  [J]  crown-ibp  CE of the logits -lower(f_y - f_j), lower = share [H] + (1 - share) [G]; share falls from 1
-                  to 0 while the radius grows, in [A]: [D] and [E] then have [G] alone
-  [K]  mixtrain   CE(f(x), y) + b mix CE of the logits -lower, [I], of k random images, b = 1 with probability
-                  0.8, else 0;  mix = min(50, 0.1 * 2.5^floor(t / 5)), t: the phase's epochs at full radius
+  [J]  crown-ibp  CE of the logits -lower(f_y - f_j), lower = share [H] + (1 - share) [G]; in [A] share falls
+                  from 1 to 0 while the radius grows, so that [D] and [E] use [G] alone
+  [K]  mixtrain   CE(f(x), y) + b mix CE of -lower by [I] of --mix-images images, b = 1 with probability 0.8,
+                  else 0;  mix = min(50, 0.1 * 2.5^floor(t / 5)), t: the phase's epochs at full radius
   [L]  smooth     CE(f(x), y) + beta KL(p(x) || p(x + sigma N(0, 1)))
 
 Sources
 * Neither text was available. The abstracts: the procedure. A survey (2409.01249) says that the first paper
-  prunes by LWM, in steps (here one cut of each layer; one of the survey's two files ranks all layers
-  together). That paper's verifiable objective is not known.
+  prunes by LWM, in steps (here each layer is cut once). That paper's verifiable objective is not known.
 * HYDRA's code (inspire-group/hydra): [B] to [F], [J] to [L], and that all layers are pruned, the classifier
   too. Its adversarial objective is [F]; after [J] it fine-tunes HYDRA at 1e-5, but LWM at 5e-4.
 * [F]: Zhang et al. 2019 (TRADES). [H], [J]: Zhang et al. 2020, whose setting for CIFAR-10, 2/255, keeps share
@@ -90,7 +89,7 @@ def get_args(argv=None):
     paper.add_argument("--finetune-lr", type=rate, help="of fine-tuning (default: --lr)")
     paper.add_argument("--beta", type=number(0, 1000), help="of [F] and [L] (default: 6)")
     paper.add_argument("--final-share", type=number(0, 1), help="of CROWN-IBP in [J], from 1 (default: 0)")
-    paper.add_argument("--mix-images", type=whole(1, 65536), help="k of [K], of each process's share of a "
+    paper.add_argument("--mix-images", type=whole(1, 65536), help="of [K], from each process's share of a "
                        "batch (default: 5; cnn_large: 1)")
     paper.add_argument("--sigma", type=number(1e-6, 100), help="noise of [L] (default: 0.25)")
     flags = lambda recipe: " ".join(f"--{k.replace('_', '-')} {v}" for k, v in recipe.items())
@@ -161,8 +160,8 @@ def spread(mask, like):
 class Scores(nn.Module):
     """[D] Importance scores s of all weights, or of all filters, and the unmasked values w, both in its
     state. The network itself holds w * m(s), so that attacks, losses and bounds are those of the pruned one.
-    For a filter, w is its batch norm's weight and bias, or else its own, and m is small where pruned: 0.001
-    or, as a batch norm on a sum would amplify a channel that all writers lost, 1e-6."""
+    Of a filter, m multiplies the weight and bias of its batch norm, and is 0.001 where pruned; without one it
+    multiplies its own, and is 1e-6: a batch norm on a sum would amplify a channel that all writers lost."""
     def __init__(self, model, scheme, ratio):
         super().__init__()
         self.scheme, self.ratio, self.layers, self.carriers = scheme, ratio, prunable(model, scheme), []
@@ -170,12 +169,12 @@ class Scores(nn.Module):
         norms = {name: norm for writers, _, _ in groups for name, norm in writers.items()}
         self.s = nn.ParameterList(first_score(m.weight.detach(), scheme) for m in self.layers.values())
         for i, (name, layer) in enumerate(self.layers.items()):
-            own, small = [layer.weight], 0.0
+            masked, small = [layer.weight], 0.0                      # what m multiplies, and m where pruned
             if scheme == "filter":
-                last = model.get_submodule(norms[name] or name)
-                own = [last.weight] if last.bias is None else [last.weight, last.bias]
-                small = 1e-6 if last is layer else 0.001
-            self.carriers.append([(p, f"w{i}_{j}", small) for j, p in enumerate(own)])   # what m multiplies
+                norm = model.get_submodule(norms[name] or name)      # or the layer itself
+                masked = [norm.weight] if norm.bias is None else [norm.weight, norm.bias]
+                small = 1e-6 if norm is layer else 0.001
+            self.carriers.append([(p, f"w{i}_{j}", small) for j, p in enumerate(masked)])
             for p, buffer, _ in self.carriers[i]:
                 self.register_buffer(buffer, p.detach().clone())
 
@@ -250,11 +249,10 @@ def margin_rows(last, y):
 
 
 def linear_bounds(layers, boxes, a, d, slope):
-    """[H] Lower bounds (N, K) of d + <a, what layers give>, a (N or 1, K, ...), passed back to their input.
-
-    An unstable ReLU on [l, u] lies below the line u (z - l) / (u - l) and above slope * z. The slope is
-    "half": 1 if u > -l, else 0; "zero": 0 (never below [G]); or [I] "line": that line's. Returned second are
-    upper bounds, which hold for "line" alone."""
+    """[H] Lower bounds (N, K) of d + <a, f(x)> over the box boxes[0], f being `layers`, and upper ones, which
+    hold for slope "line" alone. From the last layer back, a (N or 1, K, ...) and d become those of its input.
+    A ReLU on l < 0 < u lies between slope * z and line * z + offset, line = u / (u - l), offset = -line * l;
+    slope: "half", 1 if line > 1/2, else 0; "zero", 0 (never below [G]); "line", as the upper one: [I]."""
     gap = 0                                                          # from lower to upper bounds
     for layer, (lower, upper) in reversed([*zip(layers, boxes)]):
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -265,8 +263,8 @@ def linear_bounds(layers, boxes, a, d, slope):
             a = a @ layer.weight
         elif isinstance(layer, nn.Conv2d):
             size = zip(lower.shape[2:], layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-            rest = [(n + 2 * p - e * (k - 1) - 1) % s for n, k, s, p, e in size]     # no kernel reached it
-            back = F.conv_transpose2d(a.flatten(0, 1), layer.weight, None, layer.stride, layer.padding, rest,
+            more = [(n + 2 * p - e * (k - 1) - 1) % s for n, k, s, p, e in size]     # unread rows, columns
+            back = F.conv_transpose2d(a.flatten(0, 1), layer.weight, None, layer.stride, layer.padding, more,
                                       layer.groups, layer.dilation)
             a = back.unflatten(0, a.shape[:2])
         else:
@@ -278,7 +276,7 @@ def linear_bounds(layers, boxes, a, d, slope):
             if slope == "line":
                 gap = gap + (a.abs().flatten(2) @ offset)[:, :, 0]
             below = line if slope == "line" else (line > 0.5 if slope == "half" else line == 1).to(line)
-            a = positive * below + negative * line
+            a = positive * below + negative * line                   # a > 0: the lower line, a < 0: the upper
     lower, upper = (end.flatten(1)[:, :, None] for end in boxes[0])                  # (N, pixels, 1)
     center = (a.flatten(2) @ ((upper + lower) / 2))[:, :, 0]
     r = (a.flatten(2).abs() @ ((upper - lower) / 2))[:, :, 0]
@@ -453,15 +451,15 @@ def main(argv=None):
 
     # Phase 2: HYDRA trains the scores, and with them the batch norms that no score masks; LWM trains nothing.
     scores = Scores(model, args.scheme, args.ratio).to(args.device)              # [C]
-    lowest = run.compute_once("lowest", lambda: {n: mask.cpu() for n, mask in scores.masks().items()})
+    lwm_masks = run.compute_once("lowest", lambda: {n: mask.cpu() for n, mask in scores.masks().items()})
     if phases["prune"] and not run.saved:
         scores.mask_weights_()
     norms = nn.ModuleList(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     optimizer, schedule = optimizer_of(norms, args.prune_lr, phases["prune"], data, args, scores.s)
 
     def mask_changed():
-        moved = [(mask.cpu() ^ lowest[name]).sum() for name, mask in scores.masks().items()]
-        return 100 * float(sum(moved)) / sum(mask.numel() for mask in lowest.values())
+        moved = [(mask.cpu() ^ lwm_masks[name]).sum() for name, mask in scores.masks().items()]
+        return 100 * float(sum(moved)) / sum(mask.numel() for mask in lwm_masks.values())
     for epoch in run.epochs("prune", model=model, optimizer=optimizer, schedule=schedule, scores=scores):
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, scores, t=epoch)
         run.log(epoch=epoch + 1, **fields, mask_changed=mask_changed())
