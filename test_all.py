@@ -176,7 +176,8 @@ def test_data_flags_take_balanced_subsets_and_a_cpu_judges_1000_images(digits, m
 
 
 @pytest.mark.parametrize("name, shape, varied", [
-    ("MNIST", (5, 4), (0, False)), ("CIFAR10", (5, 4, 3), (4, True)), ("SVHN", (3, 5, 4), (4, False))])
+    ("MNIST", (5, 4), (0, False)), ("CIFAR10", (5, 4, 3), (4, True)), ("CIFAR100", (5, 4, 3), (4, True)),
+    ("SVHN", (3, 5, 4), (4, False))])
 def test_data_of_torchvision_are_their_pixels_and_splits(tmp_path, monkeypatch, name, shape, varied):
     def read(root, split, download):
         assert (root, download) == (str(tmp_path), True)
@@ -292,6 +293,11 @@ def test_networks_have_the_papers_parameter_counts_and_take_other_sizes(
     assert model(torch.rand(2, odd, *other)).shape == (2, 7)
     pools = [sum(type(m) is kind for m in model.modules()) for kind in (nn.MaxPool2d, nn.AdaptiveAvgPool2d)]
     assert [len(called), *pools] == layers
+    if arch == "vgg16":
+        from torchvision import models
+        with torch.device("meta"):
+            theirs = models.vgg16_bn().features
+        assert [*map(type, model.features)] == [*map(type, theirs)]
     with pytest.raises(common.UsageFault, match="too deep"):
         common.build_network(arch, 1, channels, 7, (3, 3))
 
@@ -466,16 +472,17 @@ def test_rates_of_every_phase_rise_to_their_peak_and_fall_to_zero(script, more, 
     def make_optimizer(model, *args, **more):
         optimizer, schedule = common.make_optimizer(model, *args, **more)
         rates.append([])
-        optimizer.register_step_pre_hook(lambda o, *_, own=rates[-1]: own.append(o.param_groups[0]["lr"]))
+        optimizer.register_step_pre_hook(lambda o, *_, own=rates[-1]: (
+            own.append(o.param_groups[0]["lr"]), momenta.append(o.param_groups[0]["momentum"])))
         return optimizer, schedule
-    rates = []
+    rates, momenta = [], []
     monkeypatch.setattr(script, "make_optimizer", make_optimizer)
     lr = dict(zip(SCRIPTS, ("--admm-lr", "--admm-lr", "--prune-lr", "--relax-lr")))[script]
     flags = (f"--pretrain-epochs 1 --{PHASE[script]}-epochs 2 --finetune-epochs 3 --num-steps 0 {lr} 0.07 "
              + more)
     tiny(tmp_path / "run", *flags.split(), script=script, evaluate=False)
     steps, peaks = ([4, 8, 12], [0.1, 0.07, 0.03]) if more else ([4, 20], [0.1, 0.07])
-    assert [len(own) for own in rates] == steps
+    assert [len(own) for own in rates] == steps and set(momenta) == {0.9}
     for own, peak in zip(rates, peaks):
         assert 0.85 * peak < max(own) <= peak and own[-1] < 0.25 * peak
 
@@ -503,6 +510,8 @@ def test_autoattack_gets_gradients_that_it_can_view_flat_and_what_it_breaks_is_c
     assert judges.autoattack(model, (images, wrong), epsilon=0.1) == (50.0, "standard")
     assert seen == [(images.shape, 4, 4)] * 3
     assert model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    noisy = Wrapped(model, lambda inner, x: inner(x) + 1e-3 * torch.randn(len(x), 5))
+    assert judges.autoattack(noisy, (images, y), epsilon=0.1)[1] == "rand"
     with pytest.raises(common.Fault, match="four classes"):
         judges.autoattack(resnet(channels=3, classes=3), (images, y), epsilon=0.1)
 
@@ -554,6 +563,7 @@ def test_evaluate_counts_the_clean_image_and_the_last_iterate():
     x, y = torch.tensor([100, 140, 200], dtype=torch.uint8).view(3, 1, 1, 1), torch.tensor([1, 1, 1])
     found = common.evaluate(model, (x, y), epsilon=0.1, step_size=0.1, num_steps=1, random_start=False)
     assert (found["clean_acc"], found["robust_acc"]) == (66.667, 33.333)
+    assert [found["clean_ci"], found["robust_ci"]] == [common.interval(100 * k / 3, 3) for k in (2, 1)]
     many = x[1:2].expand(40, 1, 1, 1), y[:1].expand(40)          # some break where the attack begins
     found = common.evaluate(model, many, epsilon=0.1, step_size=0.1, num_steps=1)
     assert (found["clean_acc"], found["robust_acc"]) == (100, 0)
@@ -608,7 +618,7 @@ def test_sanity_flags_catch_masked_networks(standard, digits, expected, change):
         assert any("stronger" in flag or "epsilon 1" in flag for flag in flags), flags
 
 
-def test_sanity_flags_rise_at_their_thresholds(digits):
+def test_sanity_flags_rise_at_their_thresholds(digits, monkeypatch):
     model = common.load_model(SHIPPED / "model.pt")
     images, attack = [t[:100] for t in digits.test], SETTINGS | dict(num_steps=5)
     light = common.to_float(images[0]).mean((1, 2, 3))
@@ -620,6 +630,12 @@ def test_sanity_flags_rise_at_their_thresholds(digits):
     for step_size, num_steps, words in ((0.15, 1, ["FGSM", "not", "random"]), (0.1, 4, ["FGSM", "not"])):
         flags = common.sanity_flags(model, digits.test, epsilon=0.2, step_size=step_size, num_steps=num_steps)
         assert sorted(flag.split()[0] for flag in flags) == words, flags         # gaps of 3.6 to 10 points
+    for n, lost, flagged in ((100, 3, False), (100, 4, True), (250, 5, False), (250, 6, True)):
+        def first(model, images, generator, *, epsilon, num_steps, **attack):
+            return 999 * (torch.arange(n) < (n // 2 - lost * (num_steps == 10)) * (epsilon < 1))
+        monkeypatch.setattr(common, "first_broken_iterate", first)   # twice the steps break `lost` more
+        flags = common.sanity_flags(model, [t[:n] for t in digits.test], **attack)
+        assert [flag.split(":")[0] for flag in flags] == ["not converged"] * flagged
 
 
 def test_evaluate_of_a_random_network_is_repeatable_and_takes_the_losses_in_turn(robust, digits, monkeypatch):
@@ -638,6 +654,8 @@ def test_evaluate_of_a_random_network_is_repeatable_and_takes_the_losses_in_turn
     still = [common.evaluate(model, images, **still, eot=1, seed=seed) for seed in range(12)]
     gaps = [result["clean_acc"] - result["robust_acc"] for result in still]
     assert min(gaps) < 0 < max(gaps) and abs(sum(gaps)) < 12 * 0.8
+    for key in ("clean_acc", "robust_acc"):                      # of 40 images in 10 passes
+        assert any(result[key] % 2.5 for result in still)
     others = [common.evaluate(model, images, **SETTINGS, eot=2, seed=seed, restarts=3) for seed in (4, 5, 6)]
     assert any(other["robust_acc"] != first["robust_acc"] for other in others)
 
@@ -982,6 +1000,18 @@ def test_admm_smaller_network_equals_the_masked_one(arch, channels, size, groupe
     assert all((small.get_parameter(name)[~mask] == 0).all() for name, mask in left.items())
 
 
+@pytest.mark.parametrize("script", [admm_prune, hydra_prune])
+def test_filters_cut_from_a_pretrained_network_leave_nothing_in_a_residual_stream(script, finished, tmp_path):
+    dense = finished[0] / "dense.pt"
+    flags = f"--scheme filter --pretrain-epochs 0 --{PHASE[script]}-epochs 0 --finetune-epochs 0".split()
+    tiny(tmp_path, *flags, "--pretrained", str(dense), script=script, evaluate=False)
+    assert same_weights(dense, tmp_path / "dense.pt") and not (tmp_path / "ticket.pt").exists()
+    block = common.load_model(tmp_path / "model.pt").layer1[0]
+    alive = block.conv2.weight.flatten(1).any(1)                 # others write the stream's other channels
+    assert alive.sum() == 1 < len(alive)
+    assert all(torch.equal(t != 0, alive) for t in (block.bn2.weight, block.bn2.bias))
+
+
 def test_filters_of_layers_without_a_mask_stay():
     model, x = shaken("resnet18", 1, 3, 16).eval(), torch.rand(3, 3, 16, 16).double()
     chosen = filter_masks(model, 2)
@@ -1058,7 +1088,7 @@ def test_pruning_keeps_its_count_in_every_layer_and_writes_a_smaller_file(
     if objective:
         assert radii == [result["args"]["epsilon"]] * 2          # of the dense network and of the compact one
         assert 0 <= result["verified_acc"] <= result["robust_acc"] <= result["clean_acc"]
-        assert result["verified_ci"][0] <= result["verified_acc"] <= result["verified_ci"][1]
+        assert result["verified_ci"] == common.interval(result["verified_acc"], 40)
     assert ("tools/evaluate.py" in capsys.readouterr().out.splitlines()[-1]) == (objective == "smooth")
 
 
@@ -1132,6 +1162,10 @@ def test_radius_and_step_ramp_up_together(whole, tmp_path, monkeypatch, script, 
         script, [None] * 3)
     assert attacks[:4] == [(0.1, 0.025, 2)] * 4                  # an epoch at half strength
     assert len(attacks) > 8 and set(attacks[4:]) == {(0.2, 0.05, 2)}
+    if script is binary_relax:                                   # there over all phases
+        attacks.clear()
+        tiny(tmp_path / "long", *"--pretrain-epochs 1 --ramp-epochs 5".split(), script=script, evaluate=False)
+        assert [radius for radius, *_ in attacks[::4]] == pytest.approx([0.04, 0.08, 0.12, 0.16, 0.2])
 
 
 def test_admm_updates_come_at_their_interval(tmp_path):
@@ -1153,7 +1187,7 @@ def test_admm_cut_goes_by_the_weights_alone(tmp_path, monkeypatch):
         return found
     held, update = {}, admm_prune.ADMM.update
     monkeypatch.setattr(admm_prune.ADMM, "update", updated)
-    flags = [*UNTRAINED, *"--admm-epochs 1 --num-steps 0 --scheme irregular".split()]
+    flags = [*UNTRAINED, *"--admm-epochs 2 --num-steps 0 --scheme irregular".split()]
     tiny(tmp_path, *flags, script=admm_prune, evaluate=False)
     cut, wanted = common.load_model(tmp_path / "model.pt"), admm_prune.choose_masks(held, "irregular", 4)
     assert all(torch.equal(cut.get_parameter(name) != 0, mask) for name, mask in wanted.items())
@@ -1285,9 +1319,10 @@ def test_hydra_objectives_are_their_formulas(digits, name):
     seen, before = [], copy.deepcopy(model).eval()
     hook = model.register_forward_pre_hook(lambda m, got: seen.append((m.training, got[0].detach())))
     torch.manual_seed(1)
-    loss, _ = hydra_prune.objective(model.eval(), x, y, args, 1.0)
+    loss, logits = hydra_prune.objective(model.eval(), x, y, args, 1.0)
     hook.remove()
     first, *near = [image for training, image in seen if training]
+    assert torch.allclose(logits, model.train()([first, *near][-1]), atol=1e-5)      # for the log's accuracy
     torch.manual_seed(1)
     if name in ("natural", "pgd"):
         wanted = F.cross_entropy(model.train()(first), y)
@@ -1728,7 +1763,7 @@ def test_enresnet_without_noise_is_the_mean_of_its_members_image_by_image():
     assert torch.allclose(a.fc(F.relu(a.bn(h)).mean((2, 3))), a(x))
 
 
-def test_enresnet_noise_is_relative_seeded_and_of_each_image_alone():
+def test_enresnet_noise_is_relative_seeded_and_of_each_image_alone(monkeypatch):
     def noisy(h):
         torch.manual_seed(1)
         return binary_relax.add_noise(h, 0.3)
@@ -1746,7 +1781,10 @@ def test_enresnet_noise_is_relative_seeded_and_of_each_image_alone():
     for training in (False, True):                               # on in training and in evaluation
         model.train(training)
         assert not torch.allclose(model(x), model(x))
-    assert all(block.noise == 0.1 for member in model.members for block in member.blocks)
+    levels, blocks = [], sum(len(member.blocks) for member in model.members)
+    monkeypatch.setattr(binary_relax, "add_noise", lambda h, noise: levels.append(noise) or h)
+    model(x)
+    assert levels == [0.1] * blocks
 
 
 @pytest.mark.parametrize("arch, channels, size, bits", [
@@ -1821,6 +1859,15 @@ def test_filters_are_removed_where_zeros_in_their_place_give_the_same_logits(why
         assert len(small["conv1.weight"]) == 1
     assert torch.equal(random, torch.get_rng_state()) and fork.training
     assert all(torch.equal(t, before[name]) for name, t in fork.state_dict().items())
+
+
+@pytest.mark.parametrize("script", [admm_prune, hydra_prune])
+def test_filters_that_cannot_be_removed_end_a_run_before_it_begins(script, tmp_path, monkeypatch):
+    monkeypatch.setitem(common.NETWORKS, "fork", lambda *_: Fork(lambda net, h, x: h + x))
+    monkeypatch.setattr(script, "train_epoch", Mock(side_effect=Stop))
+    with pytest.raises(common.Fault, match="filters cannot be removed"):
+        tiny(tmp_path / "run", "--arch", "fork", "--scheme", "filter", script=script)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_channel_that_only_removed_filters_read_goes_too_and_one_always_stays():
@@ -1966,14 +2013,23 @@ def test_cstar_run_writes_a_smaller_file_that_is_what_it_reports(finished):
 
 
 def test_a_result_reports_what_is_of_the_compact_network_which_keeps_a_budget_of_macs(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "evaluate", lambda model, *_, **more: dict(clean_acc=1.0, robust_acc=1.0))
-    monkeypatch.setattr(common, "sanity_flags", lambda model, *_, **more: [
-        str(sum(p.numel() for p in model.parameters()))])
+    def count(model):
+        return sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(common, "evaluate", lambda model, *_, **more: dict(
+        clean_acc=float(count(model)), robust_acc=count(model) / 2))
+    monkeypatch.setattr(common, "sanity_flags", lambda model, *_, **more: [str(count(model))])
     monkeypatch.setattr(common, "latency", lambda *_: [2.0, 1.0])
     found = tiny(tmp_path, *UNTRAINED, *"--budget macs --ratio 2 --width 4".split())
     (artifact, compact), (_, dense) = (
         common.read_model(tmp_path / name) for name in ("model.pt", "dense.pt"))
-    assert found["flags"] == [str(found["parameters"])]
+    assert found["flags"] == [str(count(compact))] and found["parameters"] == count(compact) < count(dense)
+    said = log_of(tmp_path)[-1]
+    for accuracies, model in (([found["clean_acc"], 2 * found["robust_acc"]], compact),
+                              ([said["clean_acc"], 2 * said["robust_acc"]], compact),
+                              ([said["dense_clean_acc"], 2 * said["dense_robust_acc"]], dense),
+                              ([found["dense"]["clean_acc"], 2 * found["dense"]["robust_acc"]], dense)):
+        assert accuracies == [count(model)] * 2
+    assert found["bytes_ratio"] == round(found["dense_bytes"] / found["bytes"], 3)
     assert [found["dense_macs"], found["macs"]] == [
         common.count_macs(model, artifact["network"]) for model in (dense, compact)]
     assert found["macs_ratio"] == round(found["dense_macs"] / found["macs"], 3)
@@ -2023,7 +2079,8 @@ def test_resume_equals_the_whole_run_bit_for_bit(whole, zoo, tmp_path, script, m
     for i in range(saves):
         stopped(1, lambda: tiny(run, *more, *["--resume"] * (i > 0), script=script))
         torch.manual_seed(12345)                                 # whatever came between
-    found = tiny(run, *more, "--resume", script=script, **how)
+    elsewhere = [] if "--data-dir" in more else ["--data-dir", str(tmp_path), "--workers", "3"]
+    found = tiny(run, *more, *elsewhere, "--resume", script=script, **how)
     assert torch.backends.cudnn.allow_tf32 == ("mixtrain" not in more)
     assert all(found[k] == wanted[k] for k in {"residual", "kept", "mask_changed"} & wanted.keys())
     assert all(same_weights(folder / name, run / name) for name in ("model.pt", "dense.pt"))
@@ -2138,33 +2195,40 @@ def spawn(*command, cwd=HERE, **more):
 
 def test_evaluate_at_another_radius_takes_steps_in_proportion_and_calls_other_judges(tmp_path):
     file, natural = SHIPPED / "model.pt", tmp_path / "natural.pt"
-    artifact = torch.load(file, weights_only=True)
-    artifact["attack_settings"] |= dict(epsilon=0.0, step_size=0.0)  # as one trained without attack
-    torch.save(artifact, natural)
+    artifact, quarter = torch.load(file, weights_only=True), tmp_path / "quarter.pt"
+    for path, epsilon, step_size in ((natural, 0.0, 0.0), (quarter, 0.4, 0.1)):      # 0: without attack
+        artifact["attack_settings"] |= dict(epsilon=epsilon, step_size=step_size)
+        torch.save(artifact, path)
     flags = "--eval-images 10 --eval-steps 1 --restarts 1 --device cpu --epsilon".split()
     others = ("0.1 --eval-step-size 0.03 --losses margin --smoothing 0.1 --smoothing-images 10 "
               "--smoothing-draws 100")
     found = [judges.main([str(path), *flags, *more.split()]) for path, more in (
-        (file, "0.2"), (file, "0.1"), (natural, "0.1"))]
+        (file, "0.2"), (file, "0.1"), (natural, "0.1"), (quarter, "0.2"), (quarter, "0"))]
     found.append(judges.main([str(file), *flags, *others.split(), "--source", str(file)]))
-    assert [one["attack"]["step_size"] for one in found] == [0.2, 0.1, 0.1, 0.03]
-    assert {one["kind"] for one in found} == {"compact"} and found[3]["attack"]["losses"] == ["margin"]
-    assert found[3]["transfer_acc"] <= found[3]["clean_acc"] and found[3]["smoothed"]["draws"] == 100
+    assert [one["attack"]["step_size"] for one in found] == [0.2, 0.1, 0.1, 0.05, 0, 0.03]
+    assert found[4]["robust_acc"] == found[4]["clean_acc"]       # at radius 0
+    assert {one["kind"] for one in found} == {"compact"} and found[5]["attack"]["losses"] == ["margin"]
+    assert found[5]["transfer_acc"] <= found[5]["clean_acc"] and found[5]["smoothed"]["draws"] == 100
 
 
 def test_evaluate_passes_its_flags_on_and_a_transfer_that_is_stronger_than_pgd_is_a_flag(monkeypatch):
-    given = dict(evaluate=dict(robust_acc=50.0, images=9), sanity_flags=[], smoothing_curve={}, transfer=50)
+    given = dict(evaluate=dict(robust_acc=50.0, images=9), sanity_flags=[], smoothing_curve={}, transfer=50,
+                 autoattack=(40.0, "standard"))
     asked = {name: Mock(return_value=value) for name, value in given.items()}
     for name, mock in asked.items():
         monkeypatch.setattr(judges, name, mock)
+    monkeypatch.setattr(judges.importlib.util, "find_spec", lambda name: True)
     file = str(SHIPPED / "model.pt")
-    judges.main([file, *("--losses ce --constant-step --eval-step-size 0.03 --epsilon 0.1 --eval-steps 7 "
-                         "--seed 5 --restarts 2 --eot 3 --smoothing 0.5 --smoothing-images 9 "
-                         "--smoothing-draws 300 --eval-images 10 --device cpu --source").split(), file])
+    flags = ("--losses ce --constant-step --eval-step-size 0.03 --epsilon 0.1 --eval-steps 7 --seed 5 "
+             "--restarts 2 --eot 3 --smoothing 0.5 --smoothing-images 9 --smoothing-draws 300 "
+             "--eval-images 10 --device cpu --autoattack --source")
+    found = judges.main([file, *flags.split(), file])
+    assert (found["autoattack_acc"], found["autoattack_ci"]) == (40.0, common.interval(40.0, 9))
     attack = dict(epsilon=0.1, step_size=0.03, num_steps=7, seed=5, eot=3, anneal=False)
     assert {name: mock.call_args.kwargs for name, mock in asked.items()} == dict(
         evaluate=attack | dict(restarts=2, losses=["ce"]), sanity_flags=attack, transfer=attack,
-        smoothing_curve=dict(sigma=0.5, count=9, draws=300, classes=10, seed=5))
+        smoothing_curve=dict(sigma=0.5, count=9, draws=300, classes=10, seed=5),
+        autoattack=dict(epsilon=0.1, seed=5))
     asked["evaluate"].return_value = dict(robust_acc=50.0, images=1000)
     for accuracy, flags in ((47.9, ["transfer is stronger than PGD"]), (48.1, []), (60.0, [])):
         asked["transfer"].return_value, asked["sanity_flags"].return_value = accuracy, []
@@ -2541,7 +2605,8 @@ def test_compare_joins_seeds_and_leaves_out_what_is_damaged(finished, tmp_path, 
     assert compare.spread([28.5, 29.4]) == "29.0 (28.5 to 29.4)"     # the mean is 28.95; of floats, 28.9
     assert re.fullmatch("left out: torn .*\nleft out: absent .*\n", errors)
     assert "zero, one (the first)" in folded[3] and same["command"] in folded[4]
-    others = [json.dumps(found | other) for other in (dict(bytes=1), dict(dataset="mnist"), dict(script="x"))]
+    others = [json.dumps(found | other) for other in (
+        dict(bytes=1), dict(dataset="mnist"), dict(script="x"), dict(attack=dict(epsilon=0.3)))]
     for damaged, reason in [*((other, "another file") for other in others), ("", "Expecting value")]:
         kept.write_text(damaged)
         out, errors = compared()
@@ -2666,6 +2731,9 @@ def test_bench_times_every_step_and_the_naive_one_learns_the_same(capsys, digits
     assert 50 < sum(hardware["profile_per_cent"].values()) < 100.5
     assert set(sizes) == {"dense", "cstar hull", "cstar uniform", "filters"}       # MACs / 16: not by ranks 1
     assert sizes["dense"] == 1 and sizes["filters"] > 8 and 15.9 < sizes["cstar hull"] < 16.6
+    macs, narrow = result["inference"]["macs_ratio"], common.build_network("lenet", 1, 3, 10, (32, 32)).eval()
+    fewer = [common.count_macs(model, dict(channels=3, size=(32, 32))) for model in (network, narrow)]
+    assert macs["filters"] == round(fewer[0] / fewer[1], 1) and macs["cstar hull"] != macs["cstar uniform"]
     assert set(result["inference"]["batch_1_ms"]) == {*sizes, *(f"{name}, folded" for name in sizes)}
     chain = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))       # the ReLU's output serves twice
     assert bench.saved_for_backward(chain, torch.rand(7, 3)) == 4 * 7 * (3 + 5)
@@ -2681,17 +2749,31 @@ def test_bench_times_every_step_and_the_naive_one_learns_the_same(capsys, digits
 
 
 def test_bench_ratios_are_those_of_its_times(monkeypatch):
-    """By a clock that says so: 8 steps, a warm-up and a round; whatever comes later takes half a second."""
-    spent = itertools.chain([9.0] * 8, [8.0, 4.0, 5.0, 4.4, 4.0, 6.0, 4.0, 4.2], itertools.repeat(0.5))
+    """By a clock that says so: 8 steps, a warm-up and three rounds, of which one was disturbed, then updates
+    and products of matrices."""
+    round_ = [8.0, 4.0, 5.0, 4.4, 4.0, 6.0, 4.0, 4.2]
+    spent = itertools.chain([9.0] * 8, round_, [99 * t for t in round_], round_, [500.0] * 6,
+                            itertools.repeat(0.5))
     monkeypatch.setattr(bench, "seconds_of", lambda function, device: next(spent))
-    for name in ("limits", "bench_inference"):
-        monkeypatch.setattr(bench, name, lambda *_: {})
-    found = bench.main("--arch lenet --width 4 --batch-size 8 --rounds 1 --amp off --device cpu".split())
+    monkeypatch.setattr(bench, "bench_inference", lambda *_: {})
+    flags = "--arch lenet --width 4 --batch-size 8 --rounds 3 --num-steps 1 --amp off --device cpu".split()
+    found = bench.main(flags)
+    assert [step["seconds"] for step in found["steps"].values()] == round_
+    assert found["hardware"]["matrix_gflop_per_second"] == dict(float32=round(2e-9 * 2048**3 / 0.5))
     assert [step["times_naive"] for step in found["steps"].values()] == [1, 2, 1.6, 1.82, 2, 1.33, 2, 1.9]
     assert {name: added["a step"] for name, added in found["added_per_cent"].items()} == dict(
         cstar=25.0, admm_prune=10.0, hydra_prune=50.0, binary_relax=5.0)
-    update = dict(update_seconds=0.5, **{"an update each 50,000 images": 0.0})
+    update = dict(update_seconds=500.0, **{"an update each 50,000 images": 2.0})     # of 6250 steps of 4 s
     assert found["added_per_cent"]["cstar"] == {"a step": 25.0} | update
+    given = []
+    for script in SCRIPTS:
+        monkeypatch.setattr(script, "train_epoch", lambda *_, **more: given.append(set(more)))
+    for step in [*bench.bench_steps(bench.get_args(flags), "cpu")[0].values()][1:]:
+        step()
+    assert given == [set(), {"penalty"}, {"penalty"}, set(), {"scores"}, set(), {"weights", "lam"}]
+    monkeypatch.setattr(nn.Module, "compile", compiled := Mock())
+    assert "compiled" in bench.bench_steps(bench.get_args([*flags, "--compile"]), "cpu")[0]
+    assert compiled.call_count == 1
 
 
 def test_bench_times_saved_networks_and_onnx_runtime_computes_what_they_are(tmp_path, monkeypatch):
@@ -2904,18 +2986,23 @@ def test_two_processes_resume_bit_for_bit_and_one_goes_on_where_they_stopped(tmp
 
 
 def draw(folder):
-    """The state of a run's generator, from which rank 0 has drawn in compute_once()."""
+    """The state of a run's generator, from which rank 0 has drawn in compute_once(), and torch's seed in each
+    epoch."""
     def drawing(run, name, compute):
         runs.append(run)
         return once(run, name, lambda: (torch.rand(3, generator=run.generator), compute())[1])
+    def training(*args, **more):
+        seeds.append(torch.initial_seed())
+        return train(*args, **more)
+    seeds, train, cstar.train_epoch = [], cstar.train_epoch, training
     runs, once, common.Run.compute_once = [], common.Run.compute_once, drawing
     tiny(folder, evaluate=False)
-    return runs[0].generator.get_state().tolist()
+    return runs[0].generator.get_state().tolist(), seeds
 
 
-def test_two_processes_draw_the_same_batches_after_what_one_has_computed(tmp_path):
-    one, two = together(2, draw, tmp_path)
-    assert one == two
+def test_two_processes_draw_the_same_batches_after_what_one_has_computed_and_other_noise(tmp_path):
+    (one, seeds), (two, others) = together(2, draw, tmp_path)
+    assert one == two and len({*seeds, *others}) == 12           # of two processes in six epochs
 
 
 def refuse(folder):
@@ -2951,23 +3038,30 @@ def test_two_processes_say_what_ended_them_once(tmp_path):
 
 # ---------------------------------------------------------------- photos, and networks that others trained
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_photos_are_cut_by_seed_epoch_and_index_whatever_the_workers_and_the_batches(zoo):
+def test_photos_are_cut_by_seed_epoch_and_index_whatever_the_workers_and_the_batches(zoo, monkeypatch):
     def load(seed, *batches):
         return torch.cat([*data.train[0].load(map(torch.tensor, batches), "cpu", seed)])
     from torchvision.io import decode_image
     from torchvision.transforms import v2
     data, other = (common.load_data(cstar.get_args([*TINY, *zoo, "--workers", n])) for n in "13")
-    generators = torch.Generator(), torch.Generator()
-    for _ in range(2):
+    generators, seen = (torch.Generator(), torch.Generator()), set()
+    for count in (12, 24):
         epoch, again = (torch.cat([x for x, _ in one.batches(4, generator)])
                         for one, generator in zip((data, other), generators))
         assert torch.equal(epoch, again) and epoch.shape == (12, 3, 32, 32)
+        seen |= {tuple(pixels) for pixels in epoch.flatten(1).tolist()}
+        assert len(seen) == count
     images = load(1, [3, 7, 0], [5])
     assert torch.equal(images[[3, 2, 1]], load(1, [5, 0], [7]))
     assert not (images[[3, 2]] == load(2, [5, 0])).flatten(1).all(1).any()
     files = [f"{zoo[3]}/zoo/val/{name}/{i}.jpg" for i in range(6) for name in ("ant", "bee")]
     same, = common.Photos(files[:1] * 12, 1).load([torch.arange(12)], "cpu", 1)
     assert len(same.flatten(1).unique(dim=0)) == 12              # each is cut anew
+    with monkeypatch.context() as patch:
+        patch.setattr(v2, "RandomResizedCrop", v2.CenterCrop)
+        same, = common.Photos(files[:1] * 12, 1).load([torch.arange(12)], "cpu", 1)
+    mirrored = (same == same[0].flip(2)).flatten(1).all(1)       # half of them
+    assert 0 < mirrored.sum() < 12 and torch.equal(~mirrored, (same == same[0]).flatten(1).all(1))
     middle = v2.Compose([v2.Resize(36), v2.CenterCrop(32)])
     assert torch.equal(data.test[0], torch.stack([middle(decode_image(file, "RGB")) for file in files]))
     x, y = next(data.batches(12, torch.Generator()))
@@ -3088,6 +3182,13 @@ def test_normalisation_is_in_the_bounds_and_photos_are_evaluated_a_few_at_a_time
     model, x, y = chain(0, "cnn_small")
     common.normalised(model, [0.3, 0.6], [0.5, 0.2]).double()
     assert all(torch.allclose(bound, margins(model, x, y)) for bound in all_bounds(model, x, y, 0.0).values())
+    for arch, more in (("enresnet", dict(depth=8, members=1, noise=0.0)), ("resnet18", {})):
+        plain, normed = (binary_relax.make_network(
+            arch, (8, 8), width=1, channels=1, classes=10, **more, **values).eval()
+            for values in ({}, dict(mean=[0.3], std=[0.5])))
+        normed.load_state_dict(plain.state_dict())
+        x = torch.rand(3, 1, 8, 8)
+        assert torch.allclose(normed(x), plain((x - 0.3) / 0.5), atol=1e-5)
     model, sizes = nn.Sequential(nn.AvgPool2d(56), nn.Flatten(), nn.Linear(48, 3)), []
     images = torch.randint(0, 256, (30, 3, 224, 224), dtype=torch.uint8), torch.arange(30) % 3
     model.register_forward_pre_hook(lambda model, inputs: sizes.append(len(inputs[0])))

@@ -358,7 +358,8 @@ def draw(table, path):
         name_points(axes, points, key)
     figure.axes[0].set_ylabel("robust accuracy, % (95 % interval or range)")
     figure.axes[0].legend(loc="lower right", fontsize=8)
-    drawn = "; ".join(f"{p['label']}: {p['bytes']:.0f} {p['robust']:.1f}" for p in points)
+    drawn = "; ".join("{label}: {bytes:.0f} {time:.2f} {robust:.1f} -{bar[0]:.1f} +{bar[1]:.1f}".format(**p)
+                      for p in points)
     figure.savefig(path, dpi=120, metadata={"Title": drawn})
 
 
