@@ -50,6 +50,7 @@ Stop = type("Stop", (Exception,), {})
 Hostile = type("Hostile", (), dict(__reduce__=lambda self: (os.system, ("touch hacked",))))
 Terminal = type("Terminal", (io.StringIO,), dict(isatty=lambda self: True))
 torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore:This process .*fork:DeprecationWarning")        # of photos
 
 
 def unevaluated(monkeypatch):
@@ -3037,11 +3038,10 @@ def test_two_processes_say_what_ended_them_once(tmp_path):
 
 
 # ---------------------------------------------------------------- photos, and networks that others trained
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_photos_are_cut_by_seed_epoch_and_index_whatever_the_workers_and_the_batches(zoo, monkeypatch):
     def load(seed, *batches):
         return torch.cat([*data.train[0].load(map(torch.tensor, batches), "cpu", seed)])
-    from torchvision.io import decode_image
+    from PIL import Image
     from torchvision.transforms import v2
     data, other = (common.load_data(cstar.get_args([*TINY, *zoo, "--workers", n])) for n in "13")
     generators, seen = (torch.Generator(), torch.Generator()), set()
@@ -3063,7 +3063,8 @@ def test_photos_are_cut_by_seed_epoch_and_index_whatever_the_workers_and_the_bat
     mirrored = (same == same[0].flip(2)).flatten(1).all(1)       # half of them
     assert 0 < mirrored.sum() < 12 and torch.equal(~mirrored, (same == same[0]).flatten(1).all(1))
     middle = v2.Compose([v2.Resize(36), v2.CenterCrop(32)])
-    assert torch.equal(data.test[0], torch.stack([middle(decode_image(file, "RGB")) for file in files]))
+    photos = [v2.functional.pil_to_tensor(Image.open(file).convert("RGB")) for file in files]
+    assert torch.equal(data.test[0], torch.stack([*map(middle, photos)]))
     x, y = next(data.batches(12, torch.Generator()))
     assert data.test[1].tolist() == [0, 1] * 6 and ((x.mean((1, 2, 3)) > 0.5) == y.bool()).all()
 
