@@ -470,6 +470,17 @@ def test_what_is_logged_is_the_mean_over_images_without_the_penalty(script):
     assert found["train_robust_acc"] == pytest.approx(right)
 
 
+@pytest.mark.parametrize("script, more, rho", [
+    (cstar, "", [0.75] * 2), (admm_prune, "--rho-growth 2", [1.5, 3])])
+def test_admm_logs_its_own_strength_rho_and_residual(script, more, rho, tmp_path):
+    flags = f"--ramp-epochs 2 --finetune-epochs 0 --num-steps 0 {more}".split()
+    tiny(tmp_path, *flags, script=script, evaluate=False)
+    rows = [line for line in log_of(tmp_path) if line.get("phase") == "admm"]
+    assert [line["strength"] for line in log_of(tmp_path) if "strength" in line] == [0.5, 1]
+    assert [row["rho"] for row in rows] == pytest.approx(rho)
+    assert common.read_file(tmp_path / "last.pt")["computed"]["residual"] == rows[-1]["residual"]
+
+
 @pytest.mark.parametrize("script", [cstar, admm_prune])
 def test_admm_step_goes_down_the_loss_and_the_penalty(script):
     args, model = digits_args(script, "--num-steps 0"), linear(conv_weight(10, 64).float())
@@ -501,7 +512,7 @@ def test_rates_of_every_phase_rise_to_their_peak_and_fall_to_zero(script, more, 
         optimizer, schedule = common.make_optimizer(model, *args, **more)
         rates.append([])
         optimizer.register_step_pre_hook(lambda o, *_, own=rates[-1]: (
-            own.append(o.param_groups[0]["lr"]), momenta.append(o.param_groups[0]["momentum"])))
+            own.append(o.param_groups[0]["lr"]) or momenta.append(o.param_groups[0]["momentum"])))
         return optimizer, schedule
     rates, momenta = [], []
     monkeypatch.setattr(script, "make_optimizer", make_optimizer)
@@ -818,6 +829,17 @@ def test_cstar_ranks_are_near_an_exhaustive_search():
         assert error <= 1.05 * min(e for c, e in picks if c <= budget - largest_step) + 1e-9
     assert cstar.choose_ranks(weights, total) == dict.fromkeys(weights)
     assert cstar.choose_ranks(weights, total, "uniform") == dict.fromkeys(weights)   # as it costs no more
+
+
+def test_cstar_ranks_of_odd_layers_and_by_one_fraction_of_all():
+    chain = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3), nn.Linear(4, 10)
+    assert [*cstar.factorisable(nn.Sequential(*chain))] == ["2"]     # not the first, the last, nor groups
+    empty = dict(a=torch.zeros(6, 5, 3, 3), b=conv_weight(6, 5, 3, 3))
+    assert cstar.choose_ranks(empty, 290) == dict(a=(1, 1), b=None)
+    weights = dict(a=conv_weight(40, 60, 3, 3), b=conv_weight(100, 20))
+    fractions = [r / n for name, rank in cstar.choose_ranks(weights, 14000, "uniform").items()
+                 for r, n in zip(rank, cstar.full_rank(weights[name]))]
+    assert max(fractions) - min(fractions) < 0.06 and min(fractions) > 0.55
 
 
 def test_cstar_chain_lowers_the_rank_that_loses_less_for_the_cost_it_saves():
@@ -1170,6 +1192,8 @@ def test_admm_ticket_is_the_initial_network_cut_like_the_pruned_one(whole, tmp_p
     shutil.copy(tmp_path / "model.pt", tmp_path / "dense.pt")
     with pytest.raises(common.UsageFault, match="dense.pt beside it is not a dense network of"):
         admm_prune.main([*flags, "--mode", "ticket", "--ticket", str(tmp_path / "ticket.pt")])
+    tiny(tmp_path / "post", *UNTRAINED, "--mode", "post", script=admm_prune, evaluate=False)
+    assert not (tmp_path / "post/ticket.pt").exists()            # a ticket is what ADMM chose
 
 
 def test_admm_ticket_of_another_network_scheme_or_ratio_is_refused(tmp_path):
@@ -1624,6 +1648,22 @@ def test_hydra_losses_of_bounds_are_their_formulas_and_reach_the_weights(digits)
         fields = hydra_prune.train_epoch(model, [(x, y)], *sgd(model.parameters(), 0.0), args,
                                          strength_at=lambda _: strength)
         assert (fields["share"], fields["epsilon"]) == (share, 0.02 * strength)
+        assert "train_verified_acc" in fields
+    model[-1].bias = None                                        # a fork's
+    assert all(torch.allclose(bound, margins(model, x, y)) for bound in all_bounds(model, x, y, 0.0).values())
+
+
+def test_hydra_says_how_many_scores_changed_the_mask_and_the_command_that_certifies(tmp_path, capsys):
+    flags = "--pretrain-epochs 1 --finetune-epochs 0 --prune-lr 1 --num-steps 0".split()
+    result = tiny(tmp_path / "pgd", *flags, script=hydra_prune, evaluate=False)
+    last = [line for line in log_of(tmp_path / "pgd") if line.get("phase") == "prune"][-1]
+    assert last["mask_changed"] == result["mask_changed"] > 0
+    flags = ("--finetune-epochs 0 --prune-epochs 0 --objective smooth --sigma 0.5 --arch cnn_small "
+             "--data-dir some")
+    tiny(tmp_path / "smooth", *flags.split(), script=hydra_prune, evaluate=False)
+    args = judges.get_args(shlex.split(capsys.readouterr().out.splitlines()[-1].partition(": ")[2])[2:])
+    assert (args.model, args.data_dir, args.smoothing) == (str(tmp_path / "smooth/model.pt"), "some", 0.5)
+    assert "train_noisy_acc" in log_of(tmp_path / "smooth")[-1]
 
 
 def test_hydra_weight_of_mixtrain_grows_at_the_full_radius_and_scores_have_no_decay(tmp_path, monkeypatch):
@@ -1993,6 +2033,35 @@ def test_relax_rounding_of_gaussian_weights_makes_zeros_and_is_not_the_nearest(b
     by_size = [sum((binary_relax.project(conv_weight(n, seed=seed), bits)[0] == 0).double().mean().item()
                    for seed in range(40)) / 0.4 for n in (432, 147456)]
     assert by_size == pytest.approx([42, 42] if bits == 2 else [17, 24], abs=1)      # by the largest weight
+
+
+def test_relax_pretrains_float_weights_and_reports_the_attacks_it_names(tmp_path, monkeypatch):
+    flags = "--pretrain-epochs 1 --relax-epochs 0 --finetune-epochs 0 --num-steps 0 --seed 3 --bits".split()
+    monkeypatch.setattr(common, "evaluate", lambda model, *_, extra_metrics, **more: dict(
+        clean_acc=1.0, robust_acc=2.0) | extra_metrics(model, None))
+    monkeypatch.setattr(binary_relax, "evaluate", judge := Mock(side_effect=lambda *_, **attack: dict(
+        clean_acc=1.0, clean_ci=[0, 1], robust_acc=4.0 + attack["num_steps"], robust_ci=[2, 3], attack={})))
+    monkeypatch.setattr(common, "sanity_flags", lambda *_, **more: [])
+    for bits in "14":
+        found = tiny(tmp_path / bits, *flags, bits, script=binary_relax)
+        assert [found[f"{name}_acc"] for name in ("fgsm", "ifgsm", "margin")] == [5, 24, 24]
+        assert found["fgsm_ci"] == [2, 3] and judge.call_args.kwargs["seed"] == 3
+    assert same_weights(tmp_path / "1/dense.pt", tmp_path / "4/dense.pt")
+    with pytest.raises(common.UsageFault, match="too deep"):
+        binary_relax.make_network("enresnet", (3, 8), depth=8, members=1, noise=0.0, width=1, channels=1,
+                                  classes=2)
+
+
+def test_relax_tells_clean_from_attacked_images_and_binaryconnect_has_no_lambda(tmp_path, monkeypatch):
+    tiny(tmp_path, *UNTRAINED[:2], *"--relax-epochs 1 --finetune-epochs 0 --num-steps 0 --method bc".split(),
+         script=binary_relax, evaluate=False)
+    assert not any("lam" in line for line in log_of(tmp_path))
+    args, model, x = digits_args(binary_relax), resnet().train(), torch.rand(8, 1, 8, 8)
+    monkeypatch.setattr(binary_relax, "pgd", lambda model, x, *_: 0 * x)
+    clean, attacked = (model(images).argmax(1).detach() for images in (x, 0 * x))
+    assert (clean != attacked).any()
+    fields = binary_relax.train_epoch(model, [(x, clean)], *sgd(model.parameters(), 0.0), args)
+    assert fields["train_clean_acc"] == 100 > fields["train_robust_acc"]
 
 
 @pytest.mark.parametrize("more", ["--relax-epochs 0", "--relax-epochs 1", "--relax-epochs 1 --method bc"])
@@ -2416,11 +2485,13 @@ REFUSED = {                                                      # {script: {sai
         "needs --target-width": "--mode scratch, --mode scratch --target-width 2 --scheme column",
         "goes with": "--ticket x.pt, --mode ticket", "no file": "--ticket nowhere.pt --mode ticket",
         "scratch": "--pretrained x.pt --mode scratch --target-width 2", "is more than": "--admm-interval 7",
-        "is for": "--group-residual --scheme column", "adds no": "--group-residual --arch lenet",
+        "adds no": "--group-residual --arch lenet",
+        "is for": "--group-residual --scheme column, --group-residual --mode scratch --target-width 2",
         "invalid choice": "--scheme kernel", "0.5 is not": "--rho-growth 0.5",
         "--rho-max is": "--rho-growth 2 --rho 20, --rho-growth 2 --rho 10, --rho-growth 1.3 --rho-max 0.1",
-        "does nothing": "--rho-max 2, --rho 1 --mode post, --admm-lr 1 --admm-epochs 0, --finetune-lr 1 "
-                        "--mode ticket --ticket x.pt, --finetune-lr 1 --finetune-epochs 0"},
+        "does nothing": "--rho-max 2, --admm-rise 0.1 --mode post, --admm-interval 2 --admm-epochs 0, "
+                        "--rho-growth 2 --mode post, --rho 1 --mode post, --admm-lr 1 --admm-epochs 0, "
+                        "--finetune-lr 1 --mode ticket --ticket x.pt, --finetune-lr 1 --finetune-epochs 0"},
     hydra_prune: {"is for": "--objective crown-ibp --arch resnet18, --objective mixtrain --arch resnet18",
         "float32, without torch.compile": "--objective crown-ibp --amp on, --objective mixtrain --compile",
         "invalid choice": "--scores random, --scheme column", "2 is not": "--final-share 2",
@@ -2470,6 +2541,15 @@ def test_defaults_are_the_papers_and_the_evaluation_is_stronger_than_the_trainin
     radii = [hydra_prune.get_args(["--device=cpu", "--objective=mixtrain", f"--dataset={name}"]).epsilon
              for name in ("cifar10", "mnist", "digits")]
     assert radii == [2 / 255, 0.1, 0.02]
+    assert digits_args(hydra_prune, "--objective crown-ibp --epsilon 0.05").epsilon == 0.05
+    bounds = [hydra_prune.get_args(f"--device=cpu --dataset={name} --objective=mixtrain".split())
+              for name in ("digits", "mnist")]
+    assert [(args.width, args.lr, args.batch_size) for args in bounds] == [(16, 1e-3, 64), (16, 1e-3, 128)]
+    epochs = [getattr(bounds[0], f"{phase}_epochs") for phase in ("pretrain", "prune", "finetune", "ramp")]
+    assert epochs == [60, 20, 40, 30] and digits_args(hydra_prune, "--objective smooth").num_steps is None
+    assert binary_relax.get_args("--dataset mnist --adv-weight 0 --device cpu".split()).ramp_epochs == 0
+    assert digits_args(binary_relax, "--arch resnet18").width == digits_args(cstar).width == 4
+    assert digits_args(admm_prune, "--target-width 4 --admm-epochs 3 --admm-interval 3").ratio == 1
     smooth, share = (hydra_prune.get_args(["--device=cpu", f"--objective={name}"])
                      for name in ("smooth", "crown-ibp"))
     assert (smooth.sigma, smooth.beta, share.final_share, smooth.scores) == (0.25, 6, 0, "hydra")
