@@ -656,6 +656,10 @@ def test_sanity_flags_are_silent_on_honest_networks_and_transfer_is_weaker_than_
 def test_sanity_flags_catch_masked_networks(standard, digits, expected, change):
     flags = common.sanity_flags(Wrapped(standard, change), digits.test, **SETTINGS)
     assert any(expected in flag for flag in flags), flags
+    if expected == "one class for all":                          # and so is the test set
+        images = [t[digits.test[1] == 3] for t in digits.test]
+        found = common.sanity_flags(Wrapped(standard, change), images, **SETTINGS)
+        assert not any(expected in flag for flag in found)
     if expected == "zero gradients":                             # masking: what PGD misses others find
         assert any("stronger" in flag or "epsilon 1" in flag for flag in flags), flags
 
@@ -2484,12 +2488,14 @@ REFUSED = {                                                      # {script: {sai
     admm_prune: {"not with --ratio.* 4, the width": "--target-width 2 --ratio 2, --target-width 8",
         "needs --target-width": "--mode scratch, --mode scratch --target-width 2 --scheme column",
         "goes with": "--ticket x.pt, --mode ticket", "no file": "--ticket nowhere.pt --mode ticket",
-        "scratch": "--pretrained x.pt --mode scratch --target-width 2", "is more than": "--admm-interval 7",
+        "is more than": "--admm-interval 7", "from initial": "--pretrained x.pt --mode scratch "
+        "--target-width 2, --pretrained x.pt --mode ticket --ticket x.pt",
         "adds no": "--group-residual --arch lenet",
         "is for": "--group-residual --scheme column, --group-residual --mode scratch --target-width 2",
         "invalid choice": "--scheme kernel", "0.5 is not": "--rho-growth 0.5",
         "--rho-max is": "--rho-growth 2 --rho 20, --rho-growth 2 --rho 10, --rho-growth 1.3 --rho-max 0.1",
-        "does nothing": "--rho-max 2, --admm-rise 0.1 --mode post, --admm-interval 2 --admm-epochs 0, "
+        "does nothing": "--rho-max 2, --rho-growth 1 --rho-max 2, --admm-rise 0.1 --mode post, "
+                        "--admm-interval 2 --admm-epochs 0, "
                         "--rho-growth 2 --mode post, --rho 1 --mode post, --admm-lr 1 --admm-epochs 0, "
                         "--finetune-lr 1 --mode ticket --ticket x.pt, --finetune-lr 1 --finetune-epochs 0"},
     hydra_prune: {"is for": "--objective crown-ibp --arch resnet18, --objective mixtrain --arch resnet18",
@@ -2778,6 +2784,8 @@ def test_compare_joins_seeds_and_leaves_out_what_is_damaged(finished, tmp_path, 
             ("zero --plot a.txt", 2, "end in"), ("zero --columns bytes" + ",bytes" * 8, 2, "at most 8")):
         found, errors = run_cli(compare.main, argv.split(), monkeypatch)
         assert found == status and words in errors
+    monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: None)
+    ends(compare.main, ["zero", "--plot", "a.png"], monkeypatch, 2, "matplotlib is not installed")
 
 
 def test_compare_names_rows_as_a_person_does(finished, tmp_path, capsys, monkeypatch):
