@@ -64,7 +64,6 @@ from common import (Run, UsageFault, apply_masks_, autocast, build_network, chec
                     rate, read_artifact, removable_groups, remove_filters_, resize_, resolve, save_model,
                     script_parser, topk_mask, whole)
 
-
 # How each mode spends the epochs p + a + f of pre-training, ADMM and fine-tuning: the sum is the same.
 MODES = {
     "admm": lambda p, a, f: (p, a, f),                           # the paper's method
@@ -180,8 +179,8 @@ def project(w, mask):
 
 
 class ADMM:
-    """The penalty of [D] and the updates [E] and [F]; z, u, masks are {parameter: tensor like it}. choose(
-    {parameter: its values}) gives the masks [B]: of weights and, for filters, of all that [H] names.
+    """The penalty of [D] and the updates [E] and [F]; z, u, masks are {parameter: tensor like it}.
+    choose({parameter: its values}) gives the masks [B]: of weights and, for filters, of all that [H] names.
 
     After each update rho grows by the factor `growth` up to rho_max, and u, which is the multiplier over rho,
     shrinks as much."""

@@ -210,8 +210,8 @@ def project(v, bits):
     if bits == 2:
         kept = a >= 0.7 * a.mean()
         return v.sign() * kept, (a * kept).sum() / kept.sum()
-    levels = 2**(bits - 1) - 1                                       # M, and s0:
-    step = (2 * a.max() / (2 * levels + 1)).clamp(min=torch.finfo(v.dtype).tiny)
+    levels = 2**(bits - 1) - 1                                       # M
+    step = (2 * a.max() / (2 * levels + 1)).clamp(min=torch.finfo(v.dtype).tiny)     # s0
     codes = (a / step - 0.5).ceil().clamp(0, levels)
     return v.sign() * codes, (a * codes).sum() / codes.square().sum().clamp(min=1)
 
