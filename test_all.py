@@ -2747,6 +2747,7 @@ def test_compare_joins_seeds_and_leaves_out_what_is_damaged(finished, tmp_path, 
         return capsys.readouterr()
     monkeypatch.chdir(tmp_path)
     times, kept = dict(dense=6.0, compact=4.0), Path("zero/evaluate-autoattack.json")
+    dense_kept = Path("zero/evaluate-autoattack-dense.json")
     same = dict(finished[1], clean_acc=50.0, robust_acc=20.0, bytes=1000, bytes_ratio=8.0,
                 latency_ms=dict(batch_1=times, batch_128=times), flags=["twice: 1", "never"])
     found = dict(script=same["script"], bytes=1000, attack=same["attack"], dataset="digits", robust_acc=45.0,
@@ -2756,12 +2757,14 @@ def test_compare_joins_seeds_and_leaves_out_what_is_damaged(finished, tmp_path, 
               args=dict(seed=1, ratio=4, pretrained=None))
     write_run("torn", same)
     kept.write_text(json.dumps(found))
+    dense_kept.write_text(json.dumps(found | dict(bytes=same["dense_bytes"], autoattack_acc=43.21)))
     Path("torn/result.json").write_text('{"script": "cst')
     out, errors = compared("torn", "absent", "--commands")
     head, _, row, dense, *folded = out.splitlines()
     assert row == ("| low rank, 4x, ADMM | 2,000 (1,000 to 3,000), 7.0x | 50.0 | 30.5 (20.0 to 41.0; 2 seeds)"
                    " | seed 0: 41.2 (27.0 to 56.8); PGD 45.0; 40 images | 1.5 | never; twice |")
     assert dense.startswith(f"| dense | {same['dense_bytes']:,}, 1.0x | {same['dense']['clean_acc']:.1f} |")
+    assert "| 43.2 (27.0 to 56.8); PGD 45.0; 40 images |" in dense       # kept in one folder of two with it
     assert len({line.count("|") for line in (head, row, dense)}) == 1 and "AutoAttack" in head
     assert compare.spread([28.5, 29.4]) == "29.0 (28.5 to 29.4)"     # the mean is 28.95; of floats, 28.9
     assert compare.spread([28.5, None]) == ""
@@ -2769,6 +2772,7 @@ def test_compare_joins_seeds_and_leaves_out_what_is_damaged(finished, tmp_path, 
     assert "zero, one (the first)" in folded[3] and same["command"] in folded[4]
     others = [json.dumps(found | other) for other in (
         dict(bytes=1), dict(dataset="mnist"), dict(script="x"), dict(attack=dict(epsilon=0.3)))]
+    dense_kept.unlink()
     for damaged, reason in [*((other, "another file") for other in others), ("", "Expecting value")]:
         kept.write_text(damaged)
         out, errors = compared()

@@ -8,10 +8,11 @@
 
 Columns: method, bytes, clean, robust; the first two of autoattack and verified (if a row has one), margin
 and zeros (if all have one); speed, flags. --columns knows more. autoattack is of evaluate-autoattack.json in
-a run's folder, what tools/evaluate.py --autoattack printed of its model.pt. The dense networks that runs
-started from are rows too. Of several seeds a cell gives the mean (lowest to highest). --refresh takes each
-code block of kind sh with a line `python tools/compare.py FOLDERS ...`, as seen from the repository's folder,
-and replaces the table after the block by what that command prints; it draws no picture.
+a run's folder, what tools/evaluate.py --autoattack printed of its model.pt, and
+evaluate-autoattack-dense.json of its dense.pt. The dense networks that runs started from are rows too. Of
+several seeds a cell gives the mean (lowest to highest). --refresh takes each code block of kind sh with a
+line `python tools/compare.py FOLDERS ...`, as seen from the repository's folder, and replaces the table
+after the block by what that command prints; it draws no picture.
 """
 import contextlib
 import glob
@@ -82,8 +83,24 @@ def get_args(argv=None):
 
 # ---------------------------------------------------------------- runs
 
+def read_autoattack(path, run, row):
+    """Adds to a row, the run or its dense network, what tools/evaluate.py --autoattack printed of its file,
+    if that is kept at the path."""
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            found = json.loads(path.read_bytes())                # of PowerShell it is UTF-16
+            if (found["script"], found["bytes"], found["dataset"], found["attack"]["epsilon"]) != (
+                    run["script"], row["bytes"], run["args"]["dataset"], run["attack"]["epsilon"]):
+                raise ValueError("it is of another file, data set or radius")
+            low, high = found["autoattack_ci"]
+            row["autoattack"] = (f"{decimal(found['autoattack_acc'])} ({decimal(low)} to {decimal(high)}); "
+                                 f"PGD {decimal(found['robust_acc'])}; {found['images']:,} images")
+        except (ValueError, KeyError, TypeError) as fault:
+            print(f"left out: {path} ({first_line(fault)})", file=sys.stderr)
+
+
 def read_run(folder, base):
-    """A finished run: its result.json and, if it is there, what tools/evaluate.py --autoattack printed."""
+    """A finished run: its result.json and, if it is there, AutoAttack's accuracy of its two networks."""
     run = json.loads((base / folder / "result.json").read_text()) | {"folder": folder}
     for name, batch in ("speed", "batch_128"), ("speed1", "batch_1"):
         run[name] = run["latency_ms"][batch]["dense"] / run["latency_ms"][batch]["compact"]
@@ -91,18 +108,8 @@ def read_run(folder, base):
     run["flags"] = [flag.partition(":")[0] for flag in run["flags"]]
     ratios = dict.fromkeys(["bytes_ratio", "macs_ratio", "nonzeros_ratio", "speed", "speed1"], 1)
     run["dense"] |= dict(args=run["args"], bytes=run["dense_bytes"], flags=None, of=folder, **ratios)
-    kept = base / folder / "evaluate-autoattack.json"
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            found = json.loads(kept.read_bytes())        # of PowerShell it is UTF-16
-            if any(found[k] != run[k] for k in ("script", "bytes")) or found["dataset"] != run["args"][
-                    "dataset"] or found["attack"]["epsilon"] != run["attack"]["epsilon"]:
-                raise ValueError("it is of another file, data set or radius")
-            low, high = found["autoattack_ci"]
-            run["autoattack"] = (f"{decimal(found['autoattack_acc'])} ({decimal(low)} to {decimal(high)}); "
-                                 f"PGD {decimal(found['robust_acc'])}; {found['images']:,} images")
-        except (ValueError, KeyError, TypeError) as fault:
-            print(f"left out: {kept} ({first_line(fault)})", file=sys.stderr)
+    for row, name in (run, "evaluate-autoattack.json"), (run["dense"], "evaluate-autoattack-dense.json"):
+        read_autoattack(base / folder / name, run, row)
     for row in run, run["dense"]:                                # what is damaged fails here, not in a table
         "".join([run["command"], *method_of(run), *(cell(column, "", [row]) for column in COLUMNS)])
         mean([row["clean_acc"], row["robust_acc"], row["bytes"], row["bytes_ratio"], *row["robust_ci"]])
@@ -214,11 +221,13 @@ def dense_rows(rows):
     for runs in rows:
         if runs[0]["args"].get("mode") == "scratch":             # there the network is its own dense one
             continue
-        same = {json.dumps([run["dense_parameters"], *(run["dense"].get(k) for k in (
-            "clean_acc", "robust_acc", "verified_acc"))]): run["dense"] for run in runs}
-        flags = [flags_of(runs[0])]
+        same, flags = {}, [flags_of(runs[0])]
+        for run in runs:
+            known_by = [run["dense"].get(k) for k in ("clean_acc", "robust_acc", "verified_acc")]
+            key = json.dumps([run["dense_parameters"], *known_by])
+            same[key] = run["dense"] | same.get(key, {})
         for group in groups[:]:
-            both = same | group[0]
+            both = {key: same.get(key, {}) | group[0].get(key, {}) for key in same | group[0]}
             seeds = {run["args"]["seed"] for run in both.values()}
             if group[0].keys() & same.keys() and len(seeds) == len(both):
                 same, flags = both, group[1] + flags
@@ -277,10 +286,12 @@ def cell(column, label, runs):
 def render(args, base):
     """[(label, runs)] of the rows, dense networks among them, sorted by bytes; and the Markdown."""
     rows = same_but_seed(args.folders, base)
-    more = [name for name, found in (("autoattack", any), ("verified", any), ("margin", all), ("zeros", all))
-            if found(COLUMNS[name][1] in run for runs in rows for run in runs)]
+    compressed = [*zip(labels_of(rows), rows)]
+    table = [*compressed, *dense_rows(rows).items()]
+    more = [name for name, found, among in (
+        ("autoattack", any, table), ("verified", any, table), ("margin", all, compressed),
+        ("zeros", all, compressed)) if found(COLUMNS[name][1] in run for _, runs in among for run in runs)]
     columns = args.columns or ["method", "bytes", "clean", "robust", *more[:2], "speed", "flags"]
-    table = [*zip(labels_of(rows), rows), *dense_rows(rows).items()]
     table.sort(key=lambda row: (mean(run["bytes"] for run in row[1]), row[0]))
     lines = [[COLUMNS[column][0] for column in columns], ["---"] * len(columns),
              *([cell(column, *row) for column in columns] for row in table)]
