@@ -2998,6 +2998,9 @@ def test_readme_is_short_its_commands_parse_and_its_snippet_classifies_an_image(
                 assert not getattr(args, "model", "").startswith("results/") or Path(args.model).is_file()
         assert max(line.count("|") - line.count("\\|") for line in text.splitlines() if line[:1] == "|") <= 9
     text = Path("README.md").read_text()
+    shown = dict(re.findall("([a-z_]+):([^ \n]+)", re.search("    phase:final .*?\n\n", text, re.S)[0]))
+    ended = json.loads(Path("results/digits-cstar-s0/log.jsonl").read_text().splitlines()[-1])
+    assert shown == {k: f"{v:.5g}" if isinstance(v, float) else str(v) for k, v in ended.items()}
     install, run, check, judge = re.search(r"```sh\n(.*?)```", text, re.S)[1].splitlines()
     assert install == "pip install -r requirements.txt" and run == "python cstar.py --dataset digits"
     assert check.startswith("python -m pytest ") and judge.startswith("python tools/evaluate.py results/")
