@@ -32,7 +32,7 @@ Sources
   python cstar.py --dataset digits                     one or two minutes of a CPU core, offline
   python cstar.py --arch resnet18 --ratio 16           CIFAR-10 at full width, for a GPU (not run there)
 The second with one attack step and 10 + 3 + 5 epochs took 153 minutes and 5.6 GB on two CPU cores: clean /
-robust % of the dense 44.7 MB 76.0 / 38.3, of 2.8 MB 74.9 / 37.5 (results/README.md). By its abstract CSTAR
+robust % dense (44.7 MB) 76.0 / 38.3, compact (2.8 MB) 74.9 / 37.5 (results/README.md). By its abstract CSTAR
 leads robust structured pruning, ResNet-18, by up to +20.07 / +11.91 (CIFAR-10, ratio not given) and by +8.58
 / +4.27 (ImageNet, ratio 16).
 """

@@ -2871,7 +2871,7 @@ def test_compare_refresh_changes_nothing_here_and_repairs_a_table(tmp_path, caps
         text = text.replace(rows[0], rows[0].replace("1", "7", 3)).replace(rows[-1], "")
         torn[name] = re.sub(r"\n<details>.*?</details>\n", "", text, count=1, flags=re.S)
     assert re.findall("[0-9]+ table", refreshed(torn))
-    missing = re.sub(r"```\n\n(\|[^\n]*\n)+\n\* Fewer", "```\n\n* Fewer", whole["README.md"])
+    missing = re.sub(r"```\n\n(\|[^\n]*\n)+\n\* ", "```\n\n* ", whole["README.md"])
     assert missing != whole["README.md"] and "1 table changed" in refreshed({"README.md": missing})
     pytest.importorskip("matplotlib")
     from PIL import Image

@@ -15,6 +15,7 @@ line `python tools/compare.py FOLDERS ...`, as seen from the repository's folder
 after the block by what that command prints; it draws no picture.
 """
 import contextlib
+import functools
 import glob
 import importlib.util
 import json
@@ -32,7 +33,7 @@ from common import Fault, Parser, UsageFault, cli, first_line  # noqa: E402
 COLUMNS = {                                                      # name: (head, key in a run)
     "method": ("method", None), "bytes": ("bytes, times smaller", "bytes"), "clean": ("clean %", "clean_acc"),
     "robust": ("robust % (95 % interval, or range of seeds)", "robust_acc"),
-    "autoattack": ("AutoAttack % (95 % interval); PGD there", "autoattack"),
+    "autoattack": ("AutoAttack % (95 % interval); PGD on the same images", "autoattack"),
     "verified": ("verified %", "verified_acc"), "margin": ("margin loss %", "margin_acc"),
     "fgsm": ("FGSM %", "fgsm_acc"), "ifgsm": ("I-FGSM %", "ifgsm_acc"), "zeros": ("zeros %", "sparsity"),
     "dead": ("dead channels %", "channel_sparsity"), "nonzeros": ("nonzeros, times fewer", "nonzeros_ratio"),
@@ -214,6 +215,11 @@ def labels_of(rows):
     return labels
 
 
+def joined(*found):
+    """One network as several runs have it: the smallest of their files, and AutoAttack's accuracy of any."""
+    return functools.reduce(dict.__or__, sorted(found, key=lambda dense: -dense["bytes"]))
+
+
 def dense_rows(rows):
     """{label: dense networks} that the rows started from. If these differ, the label says in which flags; if
     two of one seed differ in no flag, it names the run that they are of."""
@@ -225,9 +231,10 @@ def dense_rows(rows):
         for run in runs:
             known_by = [run["dense"].get(k) for k in ("clean_acc", "robust_acc", "verified_acc")]
             key = json.dumps([run["dense_parameters"], *known_by])
-            same[key] = run["dense"] | same.get(key, {})
+            same[key] = joined(run["dense"], *filter(None, [same.get(key)]))
         for group in groups[:]:
-            both = {key: same.get(key, {}) | group[0].get(key, {}) for key in same | group[0]}
+            both = {key: joined(*(part[key] for part in (same, group[0]) if key in part))
+                    for key in same | group[0]}
             seeds = {run["args"]["seed"] for run in both.values()}
             if group[0].keys() & same.keys() and len(seeds) == len(both):
                 same, flags = both, group[1] + flags
