@@ -2276,6 +2276,18 @@ def test_compiled_networks_learn_what_plain_ones_do(tmp_path, monkeypatch, scrip
     assert plain == pytest.approx(other, rel=1e-4)
 
 
+def test_all_networks_of_a_process_are_compiled(monkeypatch):
+    """Each is in every phase and mode another graph, of which torch by itself makes eight."""
+    graphs, compile_, args = [], nn.Module.compile, digits_args(cstar)
+    args.compile = True
+    monkeypatch.setattr(nn.Module, "compile", lambda model: compile_(
+        model, backend=lambda graph, _: graphs.append(1) or graph))
+    torch._dynamo.reset()
+    for _ in range(12):
+        common.prepare(linear(conv_weight(10, 64).float()), args)(torch.rand(2, 1, 8, 8))
+    assert len(graphs) == 12
+
+
 AMP = f"--amp {'off' if common.bfloat16_is_fast('cpu') else 'on'}, "
 FLAGS = {                                                        # base + flag; others have tests of their own
     cstar: AMP + "--admm-epochs 0, --rank-rule uniform, --budget macs, --rho 0.1, --hooi 2, --admm-lr 0.001, "
