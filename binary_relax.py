@@ -16,7 +16,7 @@ term for clean images too.
                   s = <|v|, |c|> / <c, c>
   [C]  w = (lam q + v) / (lam + 1), where the network runs: the proximal point of lam/2 dist(w, Q)^2 if q is
          the point of Q nearest to v. For 1 bit it is; the rules of 2 and 4 bits miss it: of 36,864 Gaussian
-         weights the squared error is 1.01 times the least at 2 bits (1.8 by the authors' scale), 2 at 4 bits
+         weights the squared error is 1.01 times the least at 2 bits (1.8 by the authors' scale), about 2 at 4
   [D]  v <- SGD(v, dL/dw):  the gradient is taken at w, the step, its momentum and weight decay act on v
   [E]  lam = 350^(t / switch) in epoch t = 0, 1, ... (theirs: 1.05^t, switch 120); from t = switch on w = q
   [F]  L = 8 CE(f_w(x_adv), y) + 1 CE(f_w(x), y),  x_adv by PGD on f_w;  (9) in their README

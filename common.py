@@ -828,7 +828,7 @@ def prepare(model, args, tf32=True):
             m.weight.data = m.weight.data.clone(memory_format=torch.contiguous_format)
             m.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     if args.compile:
-        torch._dynamo.config.recompile_limit = 64            # of graphs: one a network and mode
+        torch._dynamo.config.recompile_limit = 64        # graphs, one a network and mode; then eager
         model.compile()
     return model
 

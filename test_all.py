@@ -2784,6 +2784,8 @@ def test_compare_joins_seeds_and_leaves_out_what_is_damaged(finished, tmp_path, 
     assert "zero, one (the first)" in folded[3] and same["command"] in folded[4]
     others = [json.dumps(found | other) for other in (
         dict(bytes=1), dict(dataset="mnist"), dict(script="x"), dict(attack=dict(epsilon=0.3)))]
+    kept.unlink()
+    assert "| 43.2 (" in compared().out                          # the dense network's alone makes the column
     dense_kept.unlink()
     for damaged, reason in [*((other, "another file") for other in others), ("", "Expecting value")]:
         kept.write_text(damaged)

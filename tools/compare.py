@@ -15,7 +15,6 @@ line `python tools/compare.py FOLDERS ...`, as seen from the repository's folder
 after the block by what that command prints; it draws no picture.
 """
 import contextlib
-import functools
 import glob
 import importlib.util
 import json
@@ -215,9 +214,13 @@ def labels_of(rows):
     return labels
 
 
-def joined(*found):
-    """One network as several runs have it: the smallest of their files, and AutoAttack's accuracy of any."""
-    return functools.reduce(dict.__or__, sorted(found, key=lambda dense: -dense["bytes"]))
+def joined(networks, more):
+    """Both {key: dense network}; of one in both the smaller file, and AutoAttack's accuracy of either."""
+    both = networks | more
+    for key in networks.keys() & more.keys():
+        large, small = sorted((networks[key], more[key]), key=lambda dense: -dense["bytes"])
+        both[key] = large | small
+    return both
 
 
 def dense_rows(rows):
@@ -230,11 +233,9 @@ def dense_rows(rows):
         same, flags = {}, [flags_of(runs[0])]
         for run in runs:
             known_by = [run["dense"].get(k) for k in ("clean_acc", "robust_acc", "verified_acc")]
-            key = json.dumps([run["dense_parameters"], *known_by])
-            same[key] = joined(run["dense"], *filter(None, [same.get(key)]))
+            same = joined(same, {json.dumps([run["dense_parameters"], *known_by]): run["dense"]})
         for group in groups[:]:
-            both = {key: joined(*(part[key] for part in (same, group[0]) if key in part))
-                    for key in same | group[0]}
+            both = joined(same, group[0])
             seeds = {run["args"]["seed"] for run in both.values()}
             if group[0].keys() & same.keys() and len(seeds) == len(both):
                 same, flags = both, group[1] + flags
