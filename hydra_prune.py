@@ -50,6 +50,7 @@ What we measured is in results/README.md.
 """
 import copy
 import functools
+import itertools
 import math
 import shlex
 
@@ -248,27 +249,32 @@ def margin_rows(last, y):
     return last.weight[y][:, None] - last.weight, bias[y][:, None] - bias
 
 
-def linear_bounds(layers, boxes, a, d, slope):
+def linear_bounds(layers, boxes, a, d, slope, corner=()):
     """[H] Lower bounds (N, K) of d + <a, f(x)> over the box boxes[0], f being `layers`, and upper ones, which
     hold for slope "line" alone. From the last layer back, a (N or 1, K, ...) and d become those of its input.
     A ReLU on l < 0 < u lies between slope * z and line * z + offset, line = u / (u - l), offset = -line * l;
-    slope: "half", 1 if line > 1/2, else 0; "zero", 0 (never below [G]); "line", as the upper one: [I]."""
+    slope: "half", 1 if line > 1/2, else 0; "zero", 0 (never below [G]); "line", as the upper one: [I].
+    Of a feature map, a may be a window, outside which it is zero; `corner` is where that begins."""
     gap = 0                                                          # from lower to upper bounds
+    def window(box):
+        spans = (slice(first, first + n) for first, n in zip(corner, a.shape[3:]))
+        return box[(..., *spans)]
     for layer, (lower, upper) in reversed([*zip(layers, boxes)]):
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            d = d + a.flatten(2) @ layer(torch.zeros_like(lower[:1])).flatten()          # its bias
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer.bias is not None:
+            bias = layer.bias.view(-1, *(1 for _ in a.shape[3:])).expand(a.shape[2:])
+            d = d + a.flatten(2) @ bias.flatten()
         if isinstance(layer, nn.Flatten):
-            a = a.unflatten(2, lower.shape[1:])
+            a, corner = a.unflatten(2, lower.shape[1:]), (0, 0)
         elif isinstance(layer, nn.Linear):
             a = a @ layer.weight
         elif isinstance(layer, nn.Conv2d):
-            size = zip(lower.shape[2:], layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-            more = [(n + 2 * p - e * (k - 1) - 1) % s for n, k, s, p, e in size]     # unread rows, columns
-            back = F.conv_transpose2d(a.flatten(0, 1), layer.weight, None, layer.stride, layer.padding, more,
-                                      layer.groups, layer.dilation)
-            a = back.unflatten(0, a.shape[:2])
+            back = F.conv_transpose2d(a.flatten(0, 1), layer.weight, None, layer.stride, 0, 0, layer.groups,
+                                      layer.dilation)                # with the padding, cut off below
+            first = [c * s - p for c, s, p in zip(corner, layer.stride, layer.padding)]
+            spans = (slice(max(0, -i), max(0, n - i)) for i, n in zip(first, lower.shape[2:]))
+            a, corner = back.unflatten(0, a.shape[:2])[(..., *spans)], [max(0, i) for i in first]
         else:
-            low, up = lower.clamp(max=0), upper.clamp(min=0)
+            low, up = window(lower).clamp(max=0), window(upper).clamp(min=0)
             line = up / (up - low).clamp_min(torch.finfo(up.dtype).tiny)
             offset, line = (line * -low).flatten(1)[:, :, None], line[:, None]
             positive, negative = a.clamp(min=0), a.clamp(max=0)
@@ -277,7 +283,7 @@ def linear_bounds(layers, boxes, a, d, slope):
                 gap = gap + (a.abs().flatten(2) @ offset)[:, :, 0]
             below = line if slope == "line" else (line > 0.5 if slope == "half" else line == 1).to(line)
             a = positive * below + negative * line                   # a > 0: the lower line, a < 0: the upper
-    lower, upper = (end.flatten(1)[:, :, None] for end in boxes[0])                  # (N, pixels, 1)
+    lower, upper = (window(end).flatten(1)[:, :, None] for end in boxes[0])          # (N, pixels, 1)
     center = (a.flatten(2) @ ((upper + lower) / 2))[:, :, 0]
     r = (a.flatten(2).abs() @ ((upper - lower) / 2))[:, :, 0]
     return d + (center - r), d + gap + (center + r)
@@ -291,18 +297,23 @@ def margins(layers, boxes, y, slope=None):
 
 def symbolic_margins(layers, boxes, y, room=None):
     """[I] Lower bounds (N, K) of f_y - f_j, after bounds of all units before ReLUs, of a few units at a time:
-    tensors hold about `room` numbers. Passing symbols of pixels and ReLUs forward gives the same."""
-    room = room or (2**25 if y.is_cuda else 2**22)                   # a GPU wants few and large ones
+    tensors hold about `room` numbers. Units of a feature map go by squares, because close ones see few
+    pixels. Passing symbols of pixels and ReLUs forward gives the same."""
+    room, side = (room or 2**25, 8) if y.is_cuda else (room or 2**22, 2)     # a GPU wants few, large tensors
     boxes, some = list(boxes), max(1, room // max(lower.numel() for lower, _ in boxes))
     for i, layer in enumerate(layers[:-1]):
         if isinstance(layer, nn.ReLU) and i > 1:                     # [G] is exact for one layer
-            shape, units = boxes[i][0].shape[1:], torch.arange(boxes[i][0][0].numel(), device=y.device)
-            parts, bound = units.split(some), linear_bounds
-            if len(parts) > (3 if y.is_cuda else 30):        # else training would keep all parts
+            shape, bound, ends = boxes[i][0].shape[1:], linear_bounds, []
+            units = torch.arange(shape.numel(), device=y.device).view(shape)
+            if units.numel() > some * (3 if y.is_cuda else 30):      # else training would keep all parts
                 bound = functools.partial(checkpoint, bound, use_reentrant=False, preserve_rng_state=False)
-            rows = ((a[:, None] == units).to(boxes[i][0]).view(1, -1, *shape) for a in parts)
-            ends = zip(*(bound(layers[:i], boxes[:i], a, 0, "line") for a in rows))
-            boxes[i] = [torch.cat(end, 1).view(-1, *shape) for end in ends]
+            for corner in itertools.product(*(range(0, n, side) for n in shape[1:])):
+                square = units[(slice(None), *(slice(first, first + side) for first in corner))]
+                for part in square.flatten().split(some):
+                    a = (part[:, None] == square.flatten()).to(boxes[i][0]).view(1, -1, *square.shape)
+                    ends.append((part, *bound(layers[:i], boxes[:i], a, 0, "line", corner)))
+            part, *ends = (torch.cat(end, -1) for end in zip(*ends))
+            boxes[i] = [end[:, part.argsort()].view(-1, *shape) for end in ends]
     return margins(layers, boxes, y, "line")
 
 
