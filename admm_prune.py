@@ -37,8 +37,8 @@ Sources
   ResNet-18 pruned 16 -> 4 become as small as one of width 4.
 Note: [G] keeps the dense network's running statistics. With our rho the masks of digits hardly change
 (mask_changed in the log): Z prunes what cutting at once would. While the rate is still low W cannot follow
-and U grows, so that what is to be pruned crosses zero before it fades; with --admm-rise 0 it only fades
-(results/README.md, with a growing rho too).
+and U grows, so that what is to be pruned crosses zero before it fades (results/README.md, with --admm-rise
+0 and a growing rho too).
 
   python admm_prune.py --dataset digits                one or two minutes of a CPU core, offline
   python admm_prune.py --arch resnet18 --target-width 4                 CIFAR-10, 16 -> 4, for a GPU
