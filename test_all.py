@@ -360,10 +360,14 @@ def test_macs_of_tokens_are_those_by_hand():
 
 
 # ---------------------------------------------------------------- the attack
-def linear(weight, bias=0.0):
+def linear(weight, *bias):
+    """By default without a bias. One pixel and linear(STEP, 0.5, 0): class 1 where it is above one half."""
     layer = nn.Linear(weight.shape[1], weight.shape[0])
-    layer.weight.data, layer.bias.data = weight.clone(), torch.full((weight.shape[0],), bias)
+    layer.weight.data, layer.bias.data = weight.clone(), torch.tensor(bias or [0.0] * len(weight))
     return nn.Sequential(nn.Flatten(), layer).eval()
+
+
+STEP = torch.tensor([[0.0], [1.0]])
 
 
 def test_pgd_reaches_the_closed_form_optimum_of_a_linear_network():
@@ -439,9 +443,12 @@ class Waits(TorchDispatchMode):
 
 
 @every_script
-def test_training_attacks_in_eval_mode_and_waits_for_a_gpu_in_pgds_two_checks_alone(script):
-    args = digits_args(script, "--num-steps 3")
-    x, y, modes, waits = torch.rand(8, 1, 8, 8), torch.arange(8), [], []
+def test_training_attacks_in_eval_mode_has_losses_of_float32_and_waits_for_a_gpu_in_pgds_two_checks_alone(
+        script, monkeypatch):
+    args, loss = digits_args(script, "--num-steps 3 --amp on"), F.cross_entropy
+    x, y, modes, waits, dtypes = torch.rand(8, 1, 8, 8), torch.arange(8), [], [], []
+    monkeypatch.setattr(F, "cross_entropy", lambda logits, *y, **more: (
+        dtypes.append(logits.dtype) or loss(logits, *y, **more)))
     for batches in (1, 3):
         model = resnet()
         scores, weights = hydra_prune.Scores(model, "irregular", 5), [model.conv1.weight, model.linear.weight]
@@ -451,11 +458,13 @@ def test_training_attacks_in_eval_mode_and_waits_for_a_gpu_in_pgds_two_checks_al
                 binary_relax: dict(weights=weights, lam=2.0)}[script]
         optimizer = sgd((scores if script is hydra_prune else model).parameters(), 0.01)
         model.register_forward_pre_hook(lambda m, _: modes.append(m.training))
+        model.register_forward_hook(lambda model, inputs, out: dtypes.append(out.dtype))
         with Waits() as found:
             script.train_epoch(model, [(x, y)] * batches, *optimizer, args, **more)
         waits.append(found.count)
     assert modes == ([False] * 3 + [True] * (2 if script is binary_relax else 1)) * 4
     assert waits[1] - waits[0] == 2 * 2                          # are the pixels and is the gradient fit?
+    assert dtypes[-1] == torch.float32 and dtypes.count(torch.float32) == dtypes.count(torch.bfloat16)
 
 
 @every_script
@@ -482,19 +491,6 @@ def test_admm_step_goes_down_the_loss_and_the_penalty(script):
     optimizer = sgd(model.parameters(), 0.1)
     script.train_epoch(model, [(x, y)], *optimizer, args, lambda: 3 * w.square().sum())
     assert torch.allclose(w, wanted, atol=1e-6)
-
-
-@every_script
-def test_losses_are_of_float32_where_products_are_of_bfloat16(script, monkeypatch):
-    args, model = digits_args(script, "--num-steps 1"), linear(conv_weight(10, 64).float())
-    dtypes, loss = [], F.cross_entropy
-    monkeypatch.setattr(F, "cross_entropy", lambda logits, *y, **more: (
-        dtypes.append(logits.dtype) or loss(logits, *y, **more)))
-    args.amp = True
-    model.register_forward_hook(lambda model, inputs, out: dtypes.append(out.dtype))
-    optimizer, batch = sgd(model.parameters(), 0.1), (torch.rand(8, 1, 8, 8), torch.arange(8))
-    script.train_epoch(model, [batch], *optimizer, args)
-    assert dtypes[-1] == torch.float32 and dtypes.count(torch.float32) == dtypes.count(torch.bfloat16)
 
 
 @pytest.mark.parametrize("script, more", [*((s, "--finetune-lr 0.03") for s in SCRIPTS), (binary_relax, "")])
@@ -589,9 +585,8 @@ def test_evaluate_counts_every_iterate_of_every_restart(robust, digits):
 
 def test_evaluate_counts_the_clean_image_and_the_last_iterate():
     """Class 1 where the pixel is above one half: one image is wrong, one breaks at the step, one stays."""
-    model = linear(torch.tensor([[0.0], [1.0]]))
-    model[1].bias.data = torch.tensor([0.5, 0.0])
-    x, y = torch.tensor([100, 140, 200], dtype=torch.uint8).view(3, 1, 1, 1), torch.tensor([1, 1, 1])
+    model, y = linear(STEP, 0.5, 0.0), torch.tensor([1, 1, 1])
+    x = torch.tensor([100, 140, 200], dtype=torch.uint8).view(3, 1, 1, 1)
     found = common.evaluate(model, (x, y), epsilon=0.1, step_size=0.1, num_steps=1, random_start=False)
     assert (found["clean_acc"], found["robust_acc"]) == (66.667, 33.333)
     assert [found["clean_ci"], found["robust_ci"]] == [common.interval(100 * k / 3, 3) for k in (2, 1)]
@@ -703,9 +698,8 @@ def test_noisy_verdict_is_that_of_the_worst_restart(monkeypatch):
     third one of them, half of the time."""
     def attack(model, x, *_, **more):
         return x - next(shifts)
-    model, shifts = linear(torch.tensor([[0.0], [1.0]])), iter([0.2, 0.0, 150 / 255 - 0.5])
-    model[1].bias.data = torch.tensor([0.5, 0.0])
-    noisy = Wrapped(model, lambda inner, x: inner(x) + 1e-3 * torch.randn(len(x), 2))
+    shifts = iter([0.2, 0.0, 150 / 255 - 0.5])
+    noisy = Wrapped(linear(STEP, 0.5, 0.0), lambda inner, x: inner(x) + 1e-3 * torch.randn(len(x), 2))
     images = torch.tensor([150, 160], dtype=torch.uint8).view(2, 1, 1, 1), torch.tensor([1, 1])
     monkeypatch.setattr(common, "pgd", attack)
     found = common.evaluate(noisy, images, epsilon=0.2, step_size=0.2, num_steps=1, restarts=3)
@@ -1358,43 +1352,35 @@ def test_hydra_without_pruning_epochs_is_lwm_and_bc_is_br_that_switches_at_once(
 
 @pytest.mark.parametrize("name", ["natural", "pgd", "trades", "smooth"])
 def test_hydra_objectives_are_their_formulas(digits, name):
+    """At confident predictions: there the gradients of KL(p || q) and KL(q || p) differ. At half strength."""
     more = dict(trades=" --beta 3", smooth=" --beta 3 --sigma 0.5").get(name, "")
     args = digits_args(hydra_prune, f"--num-steps 4 --objective {name}{more}")
     model, x, y = resnet(), common.to_float(digits.train[0][:20]), digits.train[1][:20]
+    model.linear.weight.data *= 10
     seen, before = [], copy.deepcopy(model).eval()
     hook = model.register_forward_pre_hook(lambda m, got: seen.append((m.training, got[0].detach())))
     torch.manual_seed(1)
-    loss, logits = hydra_prune.objective(model.eval(), x, y, args, 1.0)
+    loss, logits = hydra_prune.objective(model.eval(), x, y, args, 0.5)
     hook.remove()
     first, *near = [image for training, image in seen if training]
     assert torch.allclose(logits, model.train()([first, *near][-1]), atol=1e-5)      # for the log's accuracy
     torch.manual_seed(1)
     if name in ("natural", "pgd"):
         wanted = F.cross_entropy(model.train()(first), y)
-        x_adv = common.pgd(before, x, y, 0.2, 0.05, 4)
+        x_adv = common.pgd(before, x, y, 0.1, 0.025, 4)
         assert torch.equal(first, x if name == "natural" else x_adv) and not near
     else:
         p, q = (F.softmax(model.train()(image), 1) for image in (first, *near))
         wanted = F.cross_entropy(model(x), y) + 3 * (p * (p.log() - q.log())).sum(1).mean()
         assert torch.equal(first, x)
     assert torch.allclose(loss, wanted, rtol=1e-4)
+    if name == "trades":                                         # attacked from beside the clean image
+        p = F.softmax(before(x), 1)
+        x_adv = common.pgd(before, x, y, 0.1, 0.025, 4, start=x + 0.001 * torch.randn_like(x),
+                           loss=lambda logits, _: -(p.detach() * F.log_softmax(logits, 1)).sum(1))
+        assert ((near[0] - x_adv).abs() > 1e-6).double().mean() < 0.01
     if name == "smooth":                                         # noise that nothing clamps
         assert near[0].min() < -0.5 and (near[0] - x).std().item() == pytest.approx(0.5, rel=0.1)
-
-
-def test_hydra_trades_attacks_the_divergence_from_the_clean_image(digits):
-    """From beside it; KL(p || q), not KL(q || p): at confident predictions their gradients differ."""
-    args, y = digits_args(hydra_prune, "--num-steps 4 --objective trades"), digits.train[1][:20]
-    x, model, seen = common.to_float(digits.train[0][:20]), linear(3 * conv_weight(10, 64).float()), []
-    model.register_forward_pre_hook(lambda m, got: seen.append((m.training, got[0].detach())))
-    torch.manual_seed(1)
-    hydra_prune.objective(model, x, y, args, 0.5)
-    torch.manual_seed(1)
-    p = F.softmax(model.eval()(x), 1).detach()
-    wanted = common.pgd(model, x, y, 0.1, 0.025, 4, start=x + 0.001 * torch.randn_like(x),
-                        loss=lambda logits, _: -(p * F.log_softmax(logits, 1)).sum(1))
-    found = [image for training, image in seen if training][1]
-    assert ((found - wanted).abs() > 1e-6).double().mean() < 0.01
 
 
 # ---------------------------------------------------------------- HYDRA: bounds, and smoothing
@@ -1601,8 +1587,6 @@ def test_hydra_symbolic_bounds_of_many_parts_keep_little_for_the_backward_pass()
 def test_hydra_losses_of_bounds_are_their_formulas_and_reach_the_weights(digits):
     model, x, y = chain(1)
     args, coins = digits_args(hydra_prune, "--objective mixtrain --mix-images 7"), []
-    assert (args.epsilon, args.arch, args.amp) == (0.02, "cnn_small", False)
-    assert args.step_size is args.num_steps is args.momentum is None     # nothing reads them
     assert type(hydra_prune.optimizer_of(model, 1.0, 1, digits, args)[0]) is torch.optim.Adam
     for seed in range(60):
         torch.manual_seed(seed)
@@ -1617,8 +1601,6 @@ def test_hydra_losses_of_bounds_are_their_formulas_and_reach_the_weights(digits)
     assert 0.7 < sum(coins) / 60 < 0.9
     for found, sought in zip(*(torch.autograd.grad(of, [*model.parameters()]) for of in (loss, wanted))):
         assert torch.allclose(found, sought) and found.any()
-    for arch, images in (("cnn_small", 5), ("cnn_large", 1)):
-        assert digits_args(hydra_prune, f"--objective mixtrain --arch {arch}").mix_images == images
     args = digits_args(hydra_prune, "--objective crown-ibp --final-share 0.25")
     for strength, share in ((0.0, 1.0), (0.5, 0.625), (1.0, 0.25)):
         loss, logits = hydra_prune.objective(model, x, y, args, strength)
@@ -1660,11 +1642,8 @@ def test_smoothing_radius_is_below_the_true_distance():
     def certify(draws):
         generator = torch.Generator().manual_seed(0)
         return judges.certify(model, image, generator, sigma=0.25, draws=draws, classes=2)
-    w, drawn = torch.zeros(2, 4), []
-    w[1, 0] = 1.0
-    model = linear(w)
+    drawn, model = [], linear(F.pad(STEP, (0, 3)), -0.1, 0.0)    # class 1 where x_0 > -0.1, beyond the pixels
     model.register_forward_pre_hook(lambda _, inputs: drawn.append(inputs[0]))
-    model[1].bias.data = torch.tensor([-0.1, 0.0])               # class 1 where x_0 > -0.1, beyond the pixels
     image = torch.tensor([0.2, 0.1, 0.2, 0.9]).view(1, 2, 2)     # at distance 0.3
     label, r = certify(20000)
     assert label == 1 and 0.27 < r < 0.3
@@ -1676,8 +1655,8 @@ def test_smoothing_radius_is_below_the_true_distance():
 
 def test_smoothing_curve_falls_and_counts_a_wrong_class_and_what_abstains_as_wrong():
     """Class 1 where the pixel is above one half: images at distances 0, 0.2, 0.5, and 0.5 of class 0."""
-    model, x = linear(torch.tensor([[0.0], [1.0]])), torch.tensor([128, 179, 255, 255, 0], dtype=torch.uint8)
-    model[1].bias.data, y = torch.tensor([0.5, 0.0]), torch.tensor([1, 1, 1, 0, 1])
+    model, y = linear(STEP, 0.5, 0.0), torch.tensor([1, 1, 1, 0, 1])
+    x = torch.tensor([128, 179, 255, 255, 0], dtype=torch.uint8)
     found = judges.smoothing_curve(model, (x.view(5, 1, 1, 1), y), sigma=0.25, count=4, draws=1000, classes=2)
     assert (found["abstained"], found["images"]) == (1, 4)       # the last one was not asked for
     two = x[1:4].view(3, 1, 1, 1), torch.tensor([1, 1, 0])       # of a balanced subset one of each class
@@ -2491,44 +2470,43 @@ def test_defaults_are_the_papers_and_the_evaluation_is_stronger_than_the_trainin
         args = [script.get_args(["--dataset", name, "--device=cpu"]) for script in SCRIPTS[:3]]
         assert [[getattr(a, key) for key in keys] for a in args] == [wanted] * 3
         assert [a.finetune_lr / a.lr for a in args] == [1] * 3
-        assert (args[0].admm_lr / args[0].lr, args[1].admm_lr / args[1].lr, args[2].prune_lr) == (
-            1, 0.5, args[2].lr)
-    for epsilon, more, step in ((0.1, "", 0.025), (1, "", 0.25), (0.1, "--step-size=0.2", 0.2)):
-        flags = f"--dataset digits --device cpu --epsilon {epsilon} {more}".split()
-        assert cstar.get_args(flags).step_size == pytest.approx(step)        # in proportion, if not given
-    relax, silent = (binary_relax.get_args(["--device=cpu", *more]) for more in ([], ["--noise=0"]))
-    assert [(args.eval_steps, args.eot) for args in (relax, silent)] == [(20, 10), (50, None)]
-    assert (relax.adv_weight, relax.nat_weight, relax.noise, relax.depth, relax.members) == (8, 1, 0.1, 20, 1)
-    assert (relax.relax_epochs, relax.finetune_epochs, relax.width) == (24, 16, 16)
-    assert hydra_prune.get_args(["--device=cpu", "--objective=trades"]).beta == 6
-    assert binary_relax.get_args(["--device=cpu", "--adv-weight=0"]).num_steps is None   # nothing reads it
-    ramps = [hydra_prune.get_args(["--device=cpu", "--dataset=mnist", f"--objective={objective}"]).ramp_epochs
-             for objective in ("natural", "smooth", "pgd", "crown-ibp")]
-    assert ramps == [0, 0, 10, 15]                                           # the first two have no radius
-    assert cstar.get_args("--dataset=mnist --device=cpu --pretrain-epochs=3".split()).ramp_epochs == 3
-    rates = [admm_prune.get_args(["--device=cpu", *f"--arch={arch} {more}".split()]).lr for arch, more in (
-        ("vgg16", ""), ("lenet", ""), ("lenet", "--lr=0.2"), ("cnn_large", "--dataset=digits"))]
-    assert rates == [0.2, 0.05, 0.2, 0.1]                                # at 0.2 LeNet learns nothing
-    radii = [hydra_prune.get_args(["--device=cpu", "--objective=mixtrain", f"--dataset={name}"]).epsilon
-             for name in ("cifar10", "mnist", "digits")]
-    assert radii == [2 / 255, 0.1, 0.02]
-    assert digits_args(hydra_prune, "--objective crown-ibp --epsilon 0.05").epsilon == 0.05
-    bounds = [hydra_prune.get_args(f"--device=cpu --dataset={name} --objective=mixtrain".split())
-              for name in ("digits", "mnist")]
-    assert [(args.width, args.lr, args.batch_size) for args in bounds] == [(16, 1e-3, 64), (16, 1e-3, 128)]
-    epochs = [getattr(bounds[0], f"{phase}_epochs") for phase in ("pretrain", "prune", "finetune", "ramp")]
-    assert epochs == [60, 20, 40, 30] and digits_args(hydra_prune, "--objective smooth").num_steps is None
-    assert binary_relax.get_args("--dataset mnist --adv-weight 0 --device cpu".split()).ramp_epochs == 0
-    assert digits_args(binary_relax, "--arch resnet18").width == digits_args(cstar).width == 4
-    assert digits_args(admm_prune, "--target-width 4 --admm-epochs 3 --admm-interval 3").ratio == 1
-    smooth, share = (hydra_prune.get_args(["--device=cpu", f"--objective={name}"])
-                     for name in ("smooth", "crown-ibp"))
-    assert (smooth.sigma, smooth.beta, share.final_share, smooth.scores) == (0.25, 6, 0, "hydra")
-    admm = admm_prune.get_args(["--device=cpu"])
-    assert [admm.ratio, admm.scheme, admm.rho_growth, admm.rho_max, admm.admm_interval] == [
-        4, "filter", 1, 10, 1]
-    assert (relax.bits, relax.method) == (2, "br")
-    assert admm_prune.get_args(["--device=cpu", "--target-width=2"]).ratio == 16 / 2
+        compressing = [getattr(a, f"{phase}_lr") / a.lr for a, phase in zip(args, PHASE.values())]
+        assert compressing == [1, 0.5, 1]
+    for script, flags, wanted in (
+            (cstar, "digits --epsilon 0.1", dict(width=4, step_size=0.025)),     # in proportion, if not given
+            (cstar, "digits --epsilon 1", dict(step_size=0.25)),
+            (cstar, "digits --epsilon 0.1 --step-size 0.2", dict(step_size=0.2)),
+            (cstar, "mnist --pretrain-epochs 3", dict(ramp_epochs=3)),
+            (admm_prune, "cifar10", dict(
+                ratio=4, scheme="filter", rho_growth=1, rho_max=10, admm_interval=1)),
+            (admm_prune, "cifar10 --target-width 2", dict(ratio=8)),
+            (admm_prune, "digits --target-width 4 --admm-epochs 3 --admm-interval 3", dict(ratio=1)),
+            (admm_prune, "cifar10 --arch vgg16", dict(lr=0.2)),
+            (admm_prune, "cifar10 --arch lenet", dict(lr=0.05)),                 # at 0.2 it learns nothing
+            (admm_prune, "cifar10 --arch lenet --lr 0.2", dict(lr=0.2)),
+            (admm_prune, "digits --arch cnn_large", dict(lr=0.1)),
+            (hydra_prune, "mnist", dict(ramp_epochs=10, scores="hydra")),
+            (hydra_prune, "mnist --objective natural", dict(ramp_epochs=0)),     # it has no radius
+            (hydra_prune, "mnist --objective smooth", dict(
+                ramp_epochs=0, sigma=0.25, beta=6, num_steps=None)),
+            (hydra_prune, "cifar10 --objective trades", dict(beta=6)),
+            (hydra_prune, "mnist --objective crown-ibp", dict(ramp_epochs=15, final_share=0)),
+            (hydra_prune, "digits --objective crown-ibp --epsilon 0.05", dict(epsilon=0.05)),
+            (hydra_prune, "cifar10 --objective mixtrain", dict(epsilon=2 / 255)),
+            (hydra_prune, "digits --objective mixtrain --arch cnn_large", dict(mix_images=1)),
+            (hydra_prune, "mnist --objective mixtrain", dict(epsilon=0.1, width=16, lr=1e-3, batch_size=128)),
+            (hydra_prune, "digits --objective mixtrain", dict(
+                arch="cnn_small", width=16, epsilon=0.02, lr=1e-3, batch_size=64, amp=False, mix_images=5,
+                step_size=None, num_steps=None, momentum=None, pretrain_epochs=60, prune_epochs=20,
+                finetune_epochs=40, ramp_epochs=30)),                            # None: nothing reads it
+            (binary_relax, "cifar10", dict(
+                bits=2, method="br", adv_weight=8, nat_weight=1, noise=0.1, depth=20, members=1, width=16,
+                relax_epochs=24, finetune_epochs=16, eval_steps=20, eot=10)),
+            (binary_relax, "cifar10 --noise 0", dict(eval_steps=50, eot=None)),
+            (binary_relax, "mnist --adv-weight 0", dict(ramp_epochs=0, num_steps=None)),
+            (binary_relax, "digits --arch resnet18", dict(width=4))):
+        args = vars(script.get_args(["--device", "cpu", "--dataset", *flags.split()]))
+        assert {key: args[key] for key in wanted} == pytest.approx(wanted), flags
 
 
 @pytest.mark.parametrize("script, words, flags", [(script, words, flags) for script, said in REFUSED.items()
