@@ -45,8 +45,8 @@ every_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: scr
 SHIPPED = HERE / "results" / "digits-cstar-s0"
 TINY = ("--dataset digits --arch resnet18 --width 1 --train-images 128 --eval-images 40 --batch-size 32 "
         "--pretrain-epochs 2 --admm-epochs 2 --finetune-epochs 2 --num-steps 2 --eval-steps 3 --restarts 1 "
-        "--ratio 4 --device cpu").split()
-UNTRAINED = "--pretrain-epochs 0 --admm-epochs 0 --finetune-epochs 0".split()
+        "--ratio 4 --device cpu")
+UNTRAINED = "--pretrain-epochs 0 --admm-epochs 0 --finetune-epochs 0"
 Stop = type("Stop", (Exception,), {})
 Hostile = type("Hostile", (), dict(__reduce__=lambda self: (os.system, ("touch hacked",))))
 Terminal = type("Terminal", (io.StringIO,), dict(isatty=lambda self: True))
@@ -59,14 +59,19 @@ def unevaluated(monkeypatch):
     monkeypatch.setattr(common.Run, "finish", lambda run, *judge, **more: more)
 
 
-def tiny(folder, *more, script=cstar, evaluate=True):
-    flags = " ".join(TINY).replace("admm", PHASE[script])
+def argv_of(*parts):
+    """The arguments of a command: strings are split like a shell's, paths stay whole."""
+    return [word for part in parts for word in (shlex.split(part) if isinstance(part, str) else [str(part)])]
+
+
+def tiny(folder, *more, script=cstar, evaluate=False):
+    flags = TINY.replace("admm", PHASE[script])
     if script is binary_relax:
         flags = flags.replace("resnet18", "enresnet --depth 8 --noise 0").replace("--ratio 4", "--bits 2")
     with pytest.MonkeyPatch.context() as patch:
         if not evaluate:
             unevaluated(patch)
-        return script.main([*flags.split(), "--output", str(folder), *more])
+        return script.main(argv_of(flags, "--output", folder, *more))
 
 
 def log_of(folder):
@@ -258,9 +263,8 @@ def zoo(tmp_path_factory):
     write_images((root := tmp_path_factory.mktemp("photos")) / "zoo", size=(45, 40), test="val", grow=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "PHOTO", 32)
-        yield ["--dataset", "zoo", "--data-dir", str(root), *(
-            "--epsilon 4/255 --train-images 0 --eval-images 0 --batch-size 4 --pretrain-epochs 0 "
-            "--num-steps 1").split()]
+        flags = "--train-images 0 --eval-images 0 --batch-size 4 --pretrain-epochs 0 --num-steps 1"
+        yield ["--dataset zoo --epsilon 4/255 --data-dir", root, flags]
 
 
 @pytest.mark.parametrize("mode, channels", [("RGB", 3), ("L", 1)])
@@ -505,9 +509,8 @@ def test_rates_of_every_phase_rise_to_their_peak_and_fall_to_zero(script, more, 
     rates, momenta = [], []
     monkeypatch.setattr(script, "make_optimizer", make_optimizer)
     lr = dict(zip(SCRIPTS, ("--admm-lr", "--admm-lr", "--prune-lr", "--relax-lr")))[script]
-    flags = (f"--pretrain-epochs 1 --{PHASE[script]}-epochs 2 --finetune-epochs 3 --num-steps 0 {lr} 0.07 "
-             + more)
-    tiny(tmp_path / "run", *flags.split(), script=script, evaluate=False)
+    flags = f"--pretrain-epochs 1 --{PHASE[script]}-epochs 2 --finetune-epochs 3 --num-steps 0 {lr} 0.07"
+    tiny(tmp_path / "run", flags, more, script=script)
     steps, peaks = ([4, 8, 12], [0.1, 0.07, 0.03]) if more else ([4, 20], [0.1, 0.07])
     assert [len(own) for own in rates] == steps and set(momenta) == {0.9}
     for own, peak in zip(rates, peaks):
@@ -921,7 +924,7 @@ def test_cstar_sweeps_are_those_of_every_projection_and_of_the_cut_and_rho_has_a
     monkeypatch.setattr(cstar, "tucker2", lambda w, rank, hooi=0: (
         sweeps.append(hooi) or tucker2(w, rank, hooi)))
     flags = "--ratio 2 --admm-epochs 1 --hooi 2 --momentum 0 --train-images 64 --arch lenet --num-steps 0"
-    found = tiny(tmp_path, *UNTRAINED, *flags.split(), evaluate=False)
+    found = tiny(tmp_path, UNTRAINED, flags)
     assert sweeps == [0] * 2 + [2] * 6 and None not in found["ranks"].values()
     assert found["rho"] == pytest.approx(1 / 0.1)                # 3 / (rate * 2 steps) would diverge
 
@@ -940,8 +943,7 @@ def test_cstar_batch_norm_is_the_average_over_batches_of_attacked_images(tmp_pat
         return 0 * x
     for pgd, black in ((common.pgd, False), (blacken, True)):
         monkeypatch.setattr(cstar, "pgd", pgd)
-        flags = "--admm-epochs 0 --finetune-epochs 0 --pretrain-epochs 1".split()
-        tiny(tmp_path / str(black), *flags, evaluate=False)
+        tiny(tmp_path / str(black), UNTRAINED, "--pretrain-epochs 1")
         mean = common.load_model(tmp_path / str(black) / "model.pt").bn1.running_mean
         assert (mean.abs().max() == 0) == black
     assert modes == [(False, False)] * 4 + [(False, True)] * 4   # 4 batches of training, 4 of statistics
@@ -1037,8 +1039,8 @@ def test_admm_smaller_network_equals_the_masked_one(arch, channels, size, groupe
 @pytest.mark.parametrize("script", [admm_prune, hydra_prune])
 def test_filters_cut_from_a_pretrained_network_leave_nothing_in_a_residual_stream(script, finished, tmp_path):
     dense = finished[0] / "dense.pt"
-    flags = f"--scheme filter --pretrain-epochs 0 --{PHASE[script]}-epochs 0 --finetune-epochs 0".split()
-    tiny(tmp_path, *flags, "--pretrained", str(dense), script=script, evaluate=False)
+    flags = f"--scheme filter --pretrain-epochs 0 --{PHASE[script]}-epochs 0 --finetune-epochs 0 --pretrained"
+    tiny(tmp_path, flags, dense, script=script)
     assert same_weights(dense, tmp_path / "dense.pt") and not (tmp_path / "ticket.pt").exists()
     block = common.load_model(tmp_path / "model.pt").layer1[0]
     alive = block.conv2.weight.flatten(1).any(1)                 # others write the stream's other channels
@@ -1108,13 +1110,13 @@ def test_admm_penalty_updates_and_residual_are_their_formulas(more, rhos):
     *((hydra_prune, "filter", objective) for objective in ("pgd", *hydra_prune.BOUNDED))])
 def test_pruning_keeps_its_count_in_every_layer_and_writes_a_smaller_file(
         tmp_path, capsys, monkeypatch, script, scheme, objective):
-    more, run = ["--data-dir", "some"], tmp_path / "run"
-    more += f"--objective {objective} --arch cnn_small --width 8".split() if objective else []
-    more += ["--sigma", "0.5"] * (objective == "smooth")
+    flags, run = f"--data-dir some --scheme {scheme}", tmp_path / "run"
+    flags += f" --objective {objective} --arch cnn_small --width 8" if objective else ""
+    flags += " --sigma 0.5" if objective == "smooth" else ""
     radii, verify = [], hydra_prune.verify
     monkeypatch.setattr(hydra_prune, "verify", lambda model, images, epsilon, robust: (
         radii.append(epsilon) or verify(model, images, epsilon, robust)))
-    result = tiny(run, "--scheme", scheme, *more, script=script)
+    result = tiny(run, flags, script=script, evaluate=True)
     dense, model = (common.load_model(run / name) for name in ("dense.pt", "model.pt"))
     for name, layer in script.prunable(dense, *[scheme] * bool(objective)).items():
         w = layer.weight
@@ -1145,11 +1147,10 @@ def phases_of(folder, script=cstar):
 
 
 def test_admm_modes_spend_the_same_epochs_on_networks_of_one_size(tmp_path):
-    flags = [*TINY[:TINY.index("--ratio")], *"--device cpu --arch lenet --width 4 --target-width 2".split()]
-    results = {}
+    results, flags = {}, TINY.replace("--ratio 4", "--arch lenet --width 4 --target-width 2")
     for mode, more, phases in (("admm", (), [2, 2, 2]), ("post", (), [2, 0, 4]), ("scratch", (), [6, 0, 0]),
-                               ("ticket", ("--ticket", str(tmp_path / "admm/ticket.pt")), [0, 0, 6])):
-        results[mode] = admm_prune.main([*flags, "--mode", mode, *more, "--output", str(tmp_path / mode)])
+                               ("ticket", ("--ticket", tmp_path / "admm/ticket.pt"), [0, 0, 6])):
+        results[mode] = admm_prune.main(argv_of(flags, "--mode", mode, *more, "--output", tmp_path / mode))
         assert phases_of(tmp_path / mode) == phases
     assert len({r["parameters"] for r in results.values()}) == 1 == results["scratch"]["params_ratio"]
     assert results["ticket"]["dense"] == results["admm"]["dense"]
@@ -1159,24 +1160,23 @@ def test_admm_modes_spend_the_same_epochs_on_networks_of_one_size(tmp_path):
 
 
 def test_admm_ticket_is_the_initial_network_cut_like_the_pruned_one(whole, tmp_path):
-    path, initial = str(whole(admm_prune)[0] / "ticket.pt"), resnet()
+    path, initial = whole(admm_prune)[0] / "ticket.pt", resnet()
     ticket = common.read_model(path)[0]
     assert all(torch.equal(ticket["state"][k], v) for k, v in initial.state_dict().items())
     common.apply_masks_(initial, ticket["masks"])
     small, _ = common.remove_filters_(initial, ticket["masks"])
-    flags, mode = [*TINY, *UNTRAINED, "--output", str(tmp_path / "run")], ["--mode", "ticket", "--ticket"]
-    admm_prune.main([*flags, *mode, path])
+    run = functools.partial(tiny, tmp_path / "run", UNTRAINED, script=admm_prune)
+    run(mode := "--mode ticket --ticket", path)
     cut = common.load_model(tmp_path / "run/model.pt").state_dict()
     assert all(torch.equal(cut[k], v) for k, v in small.state_dict().items())
     assert 0 < len(cut["layer1.0.conv1.weight"]) < len(ticket["state"]["layer1.0.conv1.weight"])
-    fails(2, "--pretrained: .*ticket.pt holds ticket", admm_prune.main, [*flags, "--pretrained", path])
+    fails(2, "--pretrained: .*ticket.pt holds ticket", run, "--pretrained", path)
     for other in ("--ratio 2", "--scheme column", "--width 2"):
-        fails(2, "is not a ticket of", admm_prune.main, [*flags, *mode, path, *other.split()])
+        fails(2, "is not a ticket of", run, mode, path, other)
     shutil.copy(path, tmp_path / "ticket.pt")
-    shutil.copy(Path(path).with_name("model.pt"), tmp_path / "dense.pt")
-    fails(2, "dense.pt beside it is not a dense network of", admm_prune.main,
-          [*flags, *mode, str(tmp_path / "ticket.pt")])
-    tiny(tmp_path / "post", *UNTRAINED, "--mode", "post", script=admm_prune, evaluate=False)
+    shutil.copy(path.with_name("model.pt"), tmp_path / "dense.pt")
+    fails(2, "dense.pt beside it is not a dense network of", run, mode, tmp_path / "ticket.pt")
+    tiny(tmp_path / "post", UNTRAINED, "--mode post", script=admm_prune)
     assert not (tmp_path / "post/ticket.pt").exists()            # a ticket is what ADMM chose
 
 
@@ -1186,11 +1186,11 @@ def test_admm_ticket_is_the_initial_network_cut_like_the_pruned_one(whole, tmp_p
 def test_radius_and_step_ramp_up_together_and_the_log_has_rho_and_residual(
         whole, tmp_path, monkeypatch, script, flags, rho):
     attacks, rises, run = [], [], tmp_path / "run"
-    more = [str(whole(admm_prune)[0] / "ticket.pt")] if "ticket" in flags else []
+    more = [whole(admm_prune)[0] / "ticket.pt"] if "ticket" in flags else []
     monkeypatch.setattr(script, "pgd", lambda model, x, y, *attack: attacks.append(attack) or x)
     monkeypatch.setattr(script, "make_optimizer", lambda *args, **more: (
         rises.append(more.get("rise")) or common.make_optimizer(*args, **more)))
-    tiny(run, "--ramp-epochs", "2", *flags.split(), *more, script=script, evaluate=False)
+    tiny(run, "--ramp-epochs 2", flags, *more, script=script)
     wanted = {cstar: [None, 0.0, None], admm_prune: [None, 0.2, None], binary_relax: [None, None]}
     assert rises == wanted[script]
     strengths = [row["strength"] for row in log_of(run) if "strength" in row]
@@ -1203,13 +1203,12 @@ def test_radius_and_step_ramp_up_together_and_the_log_has_rho_and_residual(
     assert len(attacks) > 8 and set(attacks[4:]) == {(0.2, 0.05, 2)}
     if script is binary_relax:                                   # there over all phases
         attacks.clear()
-        tiny(tmp_path / "long", *"--pretrain-epochs 1 --ramp-epochs 5".split(), script=script, evaluate=False)
+        tiny(tmp_path / "long", "--pretrain-epochs 1 --ramp-epochs 5", script=script)
         assert [radius for radius, *_ in attacks[::4]] == pytest.approx([0.04, 0.08, 0.12, 0.16, 0.2])
 
 
 def test_admm_updates_come_at_their_interval(tmp_path):
-    flags = [*UNTRAINED, *"--admm-epochs 5 --admm-interval 2".split()]
-    tiny(tmp_path / "run", *flags, script=admm_prune, evaluate=False)
+    tiny(tmp_path / "run", UNTRAINED, "--admm-epochs 5 --admm-interval 2", script=admm_prune)
     lines = log_of(tmp_path / "run")
     assert ["residual" in line for line in lines if line.get("phase") == "admm"] == [0, 1, 0, 1, 0]
     assert [line["rho"] for line in lines if "residual" in line] == pytest.approx([0.75] * 2)    # 8 steps
@@ -1226,8 +1225,7 @@ def test_admm_cut_goes_by_the_weights_alone(tmp_path, monkeypatch):
         return found
     held, update = {}, admm_prune.ADMM.update
     monkeypatch.setattr(admm_prune.ADMM, "update", updated)
-    flags = [*UNTRAINED, *"--admm-epochs 2 --num-steps 0 --scheme irregular".split()]
-    tiny(tmp_path, *flags, script=admm_prune, evaluate=False)
+    tiny(tmp_path, UNTRAINED, "--admm-epochs 2 --num-steps 0 --scheme irregular", script=admm_prune)
     cut, wanted = common.load_model(tmp_path / "model.pt"), admm_prune.choose_masks(held, "irregular", 4)
     assert all(torch.equal(cut.get_parameter(name) != 0, mask) for name, mask in wanted.items())
 
@@ -1317,8 +1315,7 @@ def test_hydra_radius_grows_by_steps_and_the_pruning_phase_moves_scores_and_batc
     radii, zeros, times, run = [], [], [], tmp_path / "run"
     monkeypatch.setattr(hydra_prune, "pgd", attack)
     monkeypatch.setattr(common, "progress", lambda items, *said: times.append(said) or items)
-    flags = "--ramp-epochs 2 --pretrain-epochs 3 --finetune-epochs 0".split()
-    result = tiny(run, *flags, script=hydra_prune, evaluate=False)
+    result = tiny(run, "--ramp-epochs 2 --pretrain-epochs 3 --finetune-epochs 0", script=hydra_prune)
     strengths = [min(1, (step + 1) / 8) for step in range(20)]
     assert np.allclose(radii, [(0.2 * strength, 0.05 * strength) for strength in strengths])
     epsilons = [line["epsilon"] for line in log_of(run) if "phase" in line]  # at each epoch's last step
@@ -1344,7 +1341,7 @@ def test_hydra_radius_grows_by_steps_and_the_pruning_phase_moves_scores_and_batc
 def test_hydra_without_pruning_epochs_is_lwm_and_bc_is_br_that_switches_at_once(
         whole, tmp_path, script, one, other, phases):
     for name, flags in (("one", one), ("other", other)):
-        more = tiny(tmp_path / name, *flags.split(), script=script, evaluate=False)
+        more = tiny(tmp_path / name, flags, script=script)
     assert same_weights(tmp_path / "one/model.pt", tmp_path / "other/model.pt")
     assert not same_weights(whole(script)[0] / "model.pt", tmp_path / "other/model.pt")
     assert phases_of(tmp_path / "other")[0::2] == phases and not more.get("mask_changed")
@@ -1623,7 +1620,7 @@ def test_hydra_weight_of_mixtrain_grows_at_the_full_radius_and_scores_have_no_de
         return train_epoch(model, batches, optimizer, *rest, **more)
     epochs, groups, weights, train_epoch = [], [], [], hydra_prune.train_epoch
     monkeypatch.setattr(hydra_prune, "train_epoch", spy)
-    tiny(tmp_path / "run", "--ramp-epochs", "1", script=hydra_prune, evaluate=False)
+    tiny(tmp_path / "run", "--ramp-epochs 1", script=hydra_prune)
     assert epochs == [-1, 0, 0, 1, 0, 1]
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in resnet().modules())
     scores = len(hydra_prune.Scores(resnet(), "irregular", 2).s)
@@ -1929,7 +1926,7 @@ def test_a_channel_that_only_removed_filters_read_goes_too_and_one_always_stays(
 
 @pytest.mark.parametrize("bits, more", [*((bits, "") for bits in (*BITS, 32)), (2, "--noise 0.1 --eot 2")])
 def test_relax_run_writes_a_smaller_file_of_few_values(whole, bits, more):
-    folder, result = whole(binary_relax, "--bits", str(bits), *more.split())
+    folder, result = whole(binary_relax, f"--bits {bits} {more}")
     model, most = common.load_model(folder / "model.pt"), {1: 2, 2: 3, 4: 15, 32: math.inf}[bits]
     weights = [w.detach() for w in binary_relax.quantisable(model).values()]
     for w in weights:
@@ -1980,14 +1977,14 @@ def test_relax_rounding_of_gaussian_weights_makes_zeros_and_is_not_the_nearest(b
 
 
 def test_relax_pretrains_float_weights_and_reports_the_attacks_it_names(tmp_path, monkeypatch):
-    flags = "--pretrain-epochs 1 --relax-epochs 0 --finetune-epochs 0 --num-steps 0 --seed 3 --bits".split()
+    flags = "--pretrain-epochs 1 --relax-epochs 0 --finetune-epochs 0 --num-steps 0 --seed 3 --bits"
     monkeypatch.setattr(common, "evaluate", lambda model, *_, extra_metrics, **more: dict(
         clean_acc=1.0, robust_acc=2.0) | extra_metrics(model, None))
     monkeypatch.setattr(binary_relax, "evaluate", judge := Mock(side_effect=lambda *_, **attack: dict(
         clean_acc=1.0, clean_ci=[0, 1], robust_acc=4.0 + attack["num_steps"], robust_ci=[2, 3], attack={})))
     monkeypatch.setattr(common, "sanity_flags", lambda *_, **more: [])
     for bits in "14":
-        found = tiny(tmp_path / bits, *flags, bits, script=binary_relax)
+        found = tiny(tmp_path / bits, flags, bits, script=binary_relax, evaluate=True)
         assert [found[f"{name}_acc"] for name in ("fgsm", "ifgsm", "margin")] == [5, 24, 24]
         assert found["fgsm_ci"] == [2, 3] and judge.call_args.kwargs["seed"] == 3
     assert same_weights(tmp_path / "1/dense.pt", tmp_path / "4/dense.pt")
@@ -1995,8 +1992,8 @@ def test_relax_pretrains_float_weights_and_reports_the_attacks_it_names(tmp_path
 
 
 def test_relax_tells_clean_from_attacked_images_and_binaryconnect_has_no_lambda(tmp_path, monkeypatch):
-    tiny(tmp_path, *UNTRAINED[:2], *"--relax-epochs 1 --finetune-epochs 0 --num-steps 0 --method bc".split(),
-         script=binary_relax, evaluate=False)
+    flags = "--pretrain-epochs 0 --relax-epochs 1 --finetune-epochs 0 --num-steps 0 --method bc"
+    tiny(tmp_path, flags, script=binary_relax)
     assert not any("lam" in line for line in log_of(tmp_path))
     args, model, x = digits_args(binary_relax), resnet().train(), torch.rand(8, 1, 8, 8)
     monkeypatch.setattr(binary_relax, "pgd", lambda model, x, *_: 0 * x)
@@ -2008,11 +2005,10 @@ def test_relax_tells_clean_from_attacked_images_and_binaryconnect_has_no_lambda(
 
 @pytest.mark.parametrize("more", ["--relax-epochs 0", "--relax-epochs 1", "--relax-epochs 1 --method bc"])
 def test_relax_without_fine_tuning_has_statistics_of_the_quantised_network(tmp_path, more):
-    flags = f"--pretrain-epochs 1 --finetune-epochs 0 {more}".split()
-    tiny(tmp_path / "run", *flags, script=binary_relax, evaluate=False)
+    tiny(tmp_path / "run", "--pretrain-epochs 1 --finetune-epochs 0", more, script=binary_relax)
     model = common.load_model(tmp_path / "run/model.pt")
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    spreads, data = [m.running_var.mean() for m in norms], common.load_data(cstar.get_args([*TINY]))
+    spreads, data = [m.running_var.mean() for m in norms], common.load_data(cstar.get_args(TINY.split()))
     common.reestimate_batchnorm_(model, [(common.to_float(data.train[0]), None)], 1)
     for m, found in zip(norms, spreads):
         assert found == pytest.approx(m.running_var.mean().item(), rel=0.2)
@@ -2021,8 +2017,8 @@ def test_relax_without_fine_tuning_has_statistics_of_the_quantised_network(tmp_p
 def test_relax_quantises_the_networks_of_common_from_a_dense_one(whole, finished, tmp_path, monkeypatch):
     def run(folder, pretrained, more):
         flags = ("--dataset digits --device cpu --width 1 --train-images 128 --batch-size 32 --num-steps 1 "
-                 f"--relax-epochs 1 --finetune-epochs 1 --output {tmp_path / folder}")
-        binary_relax.main([*flags.split(), *more.split(), "--pretrained", str(pretrained)])
+                 "--relax-epochs 1 --finetune-epochs 1 --output")
+        binary_relax.main(argv_of(flags, tmp_path / folder, more, "--pretrained", pretrained))
         assert same_weights(pretrained, tmp_path / folder / "dense.pt")
     unevaluated(monkeypatch)
     dense, own = finished[0] / "dense.pt", whole(binary_relax)[0] / "dense.pt"
@@ -2062,7 +2058,7 @@ def test_cstar_run_writes_a_smaller_file_that_is_what_it_reports(finished):
     spent = common.read_file(folder / "last.pt")["seconds"]["pretrain"]
     assert sum(logged) - 0.02 < spent < sum(logged) + 2          # of all epochs, each counted once
     assert result["seconds"]["pretrain"] == round(spent, 1)
-    assert shlex.split(result["command"])[:4] == ["python", "cstar.py", *TINY[:2]]
+    assert shlex.split(result["command"])[:4] == ["python", "cstar.py", *TINY.split()[:2]]
     x = torch.rand(2, 1, 8, 8)
     assert torch.allclose(torch.export.export(model, (x,)).module()(x), model(x), atol=1e-6)
 
@@ -2074,7 +2070,7 @@ def test_a_result_reports_what_is_of_the_compact_network_which_keeps_a_budget_of
         clean_acc=float(count(model)), robust_acc=count(model) / 2))
     monkeypatch.setattr(common, "sanity_flags", lambda model, *_, **more: [str(count(model))])
     monkeypatch.setattr(common, "latency", lambda *_: [2.0, 1.0])
-    found = tiny(tmp_path, *UNTRAINED, *"--budget macs --ratio 2 --width 4".split())
+    found = tiny(tmp_path, UNTRAINED, "--budget macs --ratio 2 --width 4", evaluate=True)
     (artifact, compact), (_, dense) = (
         common.read_model(tmp_path / name) for name in ("model.pt", "dense.pt"))
     assert found["flags"] == [str(count(compact))] and found["parameters"] == count(compact) < count(dense)
@@ -2103,11 +2099,11 @@ def test_a_runs_seed_is_that_of_its_weights_its_batches_and_its_evaluation(tmp_p
     monkeypatch.setattr(common, "evaluate", judge := Mock(side_effect=Stop))
     for seed in (0, 7):
         with pytest.raises(Stop):
-            tiny(tmp_path / str(seed), "--seed", str(seed), "--admm-epochs", "0", "--finetune-epochs", "0")
+            tiny(tmp_path / str(seed), f"--seed {seed} --admm-epochs 0 --finetune-epochs 0", evaluate=True)
         assert judge.call_args.kwargs["seed"] == seed
     with pytest.raises(Stop):
-        tiny(tmp_path / "noisy", *"--relax-epochs 0 --finetune-epochs 0 --noise 0.1 --eot 2".split(),
-             script=binary_relax)
+        flags = "--relax-epochs 0 --finetune-epochs 0 --noise 0.1 --eot 2"
+        tiny(tmp_path / "noisy", flags, script=binary_relax, evaluate=True)
     assert judge.call_args.kwargs == dict(epsilon=0.2, step_size=0.2, num_steps=3, restarts=1, seed=0, eot=2,
                                           extra_metrics=judge.call_args.kwargs["extra_metrics"])
     (weight, labels), (other, others) = begun[0], begun[2]
@@ -2136,15 +2132,15 @@ def test_latency_is_the_least_in_milliseconds_in_the_order_of_the_models(real_la
     (cstar, "photos", 7), (hydra_prune, "--objective mixtrain --arch cnn_small --mix-images 2", 9)])
 def test_resume_equals_the_whole_run_bit_for_bit(whole, zoo, tmp_path, script, more, saves):
     """Stopped right after every checkpoint: before, within and at the end of each of the three phases."""
-    more = zoo if more == "photos" else more.split()
-    how = {} if script is cstar else dict(evaluate=False)        # one script is enough for the evaluation
+    more = zoo if more == "photos" else [more]
+    how = dict(evaluate=script is cstar)                         # one script is enough for the evaluation
     (folder, wanted), run = whole(script, *more, **how), tmp_path / "run"
     for i in range(saves):
-        stopped(1, lambda: tiny(run, *more, *["--resume"] * (i > 0), script=script))
+        stopped(1, lambda: tiny(run, *more, "--resume" * (i > 0), script=script))
         torch.manual_seed(12345)                                 # whatever came between
-    elsewhere = [] if "--data-dir" in more else ["--data-dir", str(tmp_path), "--workers", "3"]
+    elsewhere = [] if more is zoo else ["--data-dir", tmp_path, "--workers 3"]
     found = tiny(run, *more, *elsewhere, "--resume", script=script, **how)
-    assert torch.backends.cudnn.allow_tf32 == ("mixtrain" not in more)
+    assert torch.backends.cudnn.allow_tf32 == ("mixtrain" not in more[0])
     assert torch.get_float32_matmul_precision() == "highest"
     assert all(found[k] == wanted[k] for k in {"residual", "kept", "mask_changed"} & wanted.keys())
     assert all(same_weights(folder / name, run / name) for name in ("model.pt", "dense.pt"))
@@ -2170,9 +2166,9 @@ def test_what_is_computed_once_is_a_copy_as_a_continued_run_gets_it_and_no_batch
 def test_resume_of_a_finished_run_prints_its_result_or_evaluates_otherwise(finished, tmp_path):
     (folder, before), run, dense = finished, tmp_path / "run", finished[0] / "dense.pt"
     assert tiny(folder, "--resume") == json.loads(json.dumps(before))
-    for more, words in (((), "finished"), (("--seed", "1"), "different run.*seed"),
-                        (("--rho", "0.5"), "different run.*rho")):
-        fails(2, words, tiny, folder, *more)
+    for more, words in (("", "finished"), ("--seed 1", "different run.*seed"),
+                        ("--rho 0.5", "different run.*rho")):
+        fails(2, words, tiny, folder, more)
     shutil.copytree(folder, run)
     (run / "result.json").unlink()                               # as if it had been stopped just before, and
     with pytest.MonkeyPatch.context() as patch, pytest.raises(common.UsageFault, match="other labels"):
@@ -2181,14 +2177,14 @@ def test_resume_of_a_finished_run_prints_its_result_or_evaluates_otherwise(finis
         tiny(run, "--resume")
     last = torch.load(run / "last.pt", weights_only=True)        # the log's last lines had been lost
     torch.save(last | dict(log_size=10**30), run / "last.pt")
-    result = tiny(run, *"--restarts 3 --eval-steps 4 --resume".split())
+    result = tiny(run, "--restarts 3 --eval-steps 4 --resume", evaluate=True)
     assert result["attack"]["num_steps"] == 4
     assert result["latency_ms"] == {f"batch_{n}": dict(
         dense=n * result["dense_parameters"], compact=n * result["parameters"]) for n in (1, 128)}
     assert result["attack"]["restarts"] == result["args"]["restarts"] == log_of(run)[-2]["restarts"] == 3
     assert result["seconds"] | dict(final=0) == before["seconds"] | dict(final=0)        # of all sessions
     assert result["clean_acc"] == before["clean_acc"] and same_weights(folder / "model.pt", run / "model.pt")
-    result = tiny(tmp_path / "new", "--pretrained", str(dense), *"--pretrain-epochs 0 --ratio 1".split())
+    result = tiny(tmp_path / "new", "--pretrained", dense, "--pretrain-epochs 0 --ratio 1", evaluate=True)
     assert same_weights(dense, tmp_path / "new/dense.pt") and phases_of(tmp_path / "new") == [0, 2, 2]
     assert result["dense"] == before["dense"] and result["params_ratio"] == 1
     assert set(result["ranks"].values()) == {None}               # at ratio 1 layers stay dense
@@ -2199,13 +2195,13 @@ def test_compiled_networks_learn_what_plain_ones_do(tmp_path, monkeypatch, scrip
     compiled, compile_ = [], nn.Module.compile
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: name if name == "cc" else None)
-    ends(script.main, ["--dataset", "digits", "--compile"], monkeypatch, 2, "needs a C.. compiler")
+    ends(2, "needs a C.. compiler", script.main, "--dataset digits --compile")
     monkeypatch.setattr(shutil, "which", lambda name: name)
     monkeypatch.setattr(nn.Module, "compile", lambda model: (          # traced, but run without a compiler
         compiled.append(model), compile_(model, backend="eager")))
     arch = "" if script is binary_relax else "--arch lenet --width 4"        # sooner traced than ResNet-18
     for name, more in (("plain", ""), ("compiled", "--compile")):
-        tiny(tmp_path / name, *f"--amp off {arch} {more}".split(), script=script, evaluate=False)
+        tiny(tmp_path / name, "--amp off", arch, more, script=script)
     assert len(compiled) >= 1 + (script is not binary_relax)         # the cut network too
     plain, other = ([row["loss"] for row in log_of(tmp_path / name) if "loss" in row] for name in (
         "plain", "compiled"))
@@ -2236,13 +2232,13 @@ FLAGS = {                                                        # base + flag; 
 
 @pytest.mark.parametrize("script, flags", [(s, flags) for s in SCRIPTS for flags in FLAGS[s].split(", ")])
 def test_flags_do_something(whole, tmp_path, script, flags):
-    base, more = (part.split() for part in flags.rpartition("+")[::2])
-    base, run = ["--train-images", "64", *base], tmp_path / "run"
-    found = tiny(run, *base, *more, script=script, evaluate=False)
-    assert not same_weights(whole(script, *base, evaluate=False)[0] / "model.pt", run / "model.pt")
+    (base, _, more), run = flags.rpartition("+"), tmp_path / "run"
+    base = f"--train-images 64 {base}"
+    found = tiny(run, base, more, script=script)
+    assert not same_weights(whole(script, base, evaluate=False)[0] / "model.pt", run / "model.pt")
     if script is cstar:
         rhos = {"--admm-epochs": None, "--rho": 0.1, "--admm-lr": 150, "--momentum": 7.5}
-        rho = rhos.get(more[0], 1.5)                             # 3 (1 - momentum) / (rate * 2 steps)
+        rho = rhos.get(more.split()[0], 1.5)                           # 3 (1 - momentum) / (rate * 2 steps)
         assert found["rho"] == (rho and pytest.approx(rho))
 
 
@@ -2255,7 +2251,7 @@ def test_admm_that_did_not_converge_is_told(script, residuals, told, tmp_path, m
         return admm.residuals[-1] if script is cstar else (admm.residuals[-1], 0.0)
     monkeypatch.setattr(script.ADMM, "update", update)
     monkeypatch.setattr(script, "train_epoch", lambda *_, **more: dict(loss=0.0))
-    result = tiny(tmp_path / "run", *UNTRAINED, "--admm-epochs", "3", script=script, evaluate=False)
+    result = tiny(tmp_path / "run", UNTRAINED, "--admm-epochs 3", script=script)
     assert result["residual"] == residuals[2]
     assert any("ADMM did not converge" in line.get("note", "") for line in log_of(tmp_path / "run")) == told
 
@@ -2271,12 +2267,12 @@ def test_evaluate_at_another_radius_takes_steps_in_proportion_and_calls_other_ju
     for path, epsilon, step_size in ((natural, 0.0, 0.0), (quarter, 0.4, 0.1)):      # 0: without attack
         artifact["attack_settings"] |= dict(epsilon=epsilon, step_size=step_size)
         torch.save(artifact, path)
-    flags = "--eval-images 10 --eval-steps 1 --restarts 1 --device cpu --epsilon".split()
+    flags = "--eval-images 10 --eval-steps 1 --restarts 1 --device cpu --epsilon"
     others = ("0.1 --eval-step-size 0.03 --losses margin --smoothing 0.1 --smoothing-images 10 "
               "--smoothing-draws 100")
-    found = [judges.main([str(path), *flags, *more.split()]) for path, more in (
+    found = [judges.main(argv_of(path, flags, more)) for path, more in (
         (file, "0.2"), (file, "0.1"), (natural, "0.1"), (quarter, "0.2"), (quarter, "0"))]
-    found.append(judges.main([str(file), *flags, *others.split(), "--source", str(file)]))
+    found.append(judges.main(argv_of(file, flags, others, "--source", file)))
     assert [one["attack"]["step_size"] for one in found] == [0.2, 0.1, 0.1, 0.05, 0, 0.03]
     assert found[4]["robust_acc"] == found[4]["clean_acc"]       # at radius 0
     assert {one["kind"] for one in found} == {"compact"} and found[5]["attack"]["losses"] == ["margin"]
@@ -2290,28 +2286,28 @@ def test_evaluate_passes_its_flags_on_and_a_transfer_that_is_stronger_than_pgd_i
     for name, mock in asked.items():
         monkeypatch.setattr(judges, name, mock)
     monkeypatch.setattr(judges.importlib.util, "find_spec", lambda name: True)
-    file = str(SHIPPED / "model.pt")
+    file = SHIPPED / "model.pt"
     flags = ("--losses ce --constant-step --eval-step-size 0.03 --epsilon 0.1 --eval-steps 7 --seed 5 "
              "--restarts 2 --eot 3 --smoothing 0.5 --smoothing-images 9 --smoothing-draws 300 "
              "--eval-images 10 --device cpu --autoattack --source")
-    found = judges.main([file, *flags.split(), file])
+    found = judges.main(argv_of(file, flags, file))
     assert (found["autoattack_acc"], found["autoattack_ci"]) == (40.0, common.interval(40.0, 9))
     attack = dict(epsilon=0.1, step_size=0.03, num_steps=7, seed=5, eot=3, anneal=False)
     assert {name: mock.call_args.kwargs for name, mock in asked.items()} == dict(
         evaluate=attack | dict(restarts=2, losses=["ce"]), sanity_flags=attack, transfer=attack,
         smoothing_curve=dict(sigma=0.5, count=9, draws=300, classes=10, seed=5),
         autoattack=dict(epsilon=0.1, seed=5))
-    found = judges.main([file, *"--smoothing 0.5 --eval-images 10 --device cpu".split()])
+    found = judges.main(argv_of(file, "--smoothing 0.5 --eval-images 10 --device cpu"))
     assert asked["smoothing_curve"].call_args.kwargs | dict(count=100, draws=10000) == (
         asked["smoothing_curve"].call_args.kwargs)               # as --help says
     assert asked["evaluate"].call_args.kwargs["losses"] == ["ce", "margin"]
     assert (found["dataset"], found["bytes"]) == ("digits", os.path.getsize(file))
     monkeypatch.setattr(judges.importlib.util, "find_spec", lambda name: None)
-    ends(judges.main, [file, "--autoattack"], monkeypatch, 2, "pyautoattack is not installed")
+    ends(2, "pyautoattack is not installed", judges.main, file, "--autoattack")
     asked["evaluate"].return_value = dict(robust_acc=50.0, images=1000)
     for accuracy, flags in ((47.9, ["transfer is stronger than PGD"]), (48.1, []), (60.0, [])):
         asked["transfer"].return_value, asked["sanity_flags"].return_value = accuracy, []
-        found = judges.main([file, "--source", file, "--eval-images", "10", "--device", "cpu"])
+        found = judges.main(argv_of(file, "--source", file, "--eval-images 10 --device cpu"))
         assert found["flags"] == flags and found["transfer_acc"] == accuracy
 
 
@@ -2326,8 +2322,8 @@ import torch
 common.NETWORKS["mine"] = lambda width, channels, classes, size: nn.Sequential(
     nn.Conv2d(channels, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, classes))
 """, 1))
-    run = spawn("mine.py", *TINY, "--arch", "mine", "--ratio", "2", "--finetune-epochs", "0",
-                "--output", "there", cwd=tmp_path)
+    flags = "--arch mine --ratio 2 --finetune-epochs 0 --output there"
+    run = spawn("mine.py", *argv_of(TINY, flags), cwd=tmp_path)
     assert run.wait(180) == 0, run.stderr.read()
     (tmp_path / "elsewhere").mkdir()
     command = ["../tools/evaluate.py", "../there/model.pt", "--eval-images", 40, "--device", "cpu"]
@@ -2344,7 +2340,7 @@ common.NETWORKS["mine"] = lambda width, channels, classes, size: nn.Sequential(
 
 def test_signal_stops_at_once_and_says_how_to_continue(tmp_path):
     (tmp_path / "last.pt.tmp").touch()                           # of a process that was killed
-    process = spawn("cstar.py", *TINY, "--pretrain-epochs", "500", "--output", tmp_path)
+    process = spawn("cstar.py", *argv_of(TINY, "--pretrain-epochs 500 --output", tmp_path))
     next(line for line in process.stdout if "epoch:1 " in line)
     process.terminate()
     _, errors = process.communicate(timeout=20)
@@ -2367,18 +2363,19 @@ def test_progress_counts_to_its_total_and_tells_the_time_that_is_left(digits, mo
 
 
 # ---------------------------------------------------------------- wrong input
-def run_cli(main, argv, monkeypatch, stderr=io.StringIO):
-    errors = stderr()
-    monkeypatch.setattr(sys, "argv", ["cstar.py", *argv])
+def run_cli(main, *argv, stderr=io.StringIO):
     before, out = signal.getsignal(signal.SIGTERM), contextlib.redirect_stdout(io.StringIO())
-    with contextlib.redirect_stderr(errors), out, pytest.raises(SystemExit) as stop:
-        common.cli(main)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop, out:
+        patch.setattr(sys, "argv", ["cstar.py", *argv_of(*argv)])
+        with contextlib.redirect_stderr(stderr()) as errors:
+            common.cli(main)
     signal.signal(signal.SIGTERM, before)
     return stop.value.code, errors.getvalue()
 
 
-def ends(main, argv, monkeypatch, status, words):
-    found, errors = run_cli(main, map(str, argv), monkeypatch)
+def ends(status, words, main, *argv):
+    """main, with these arguments, ends with this status and one line, which has these words."""
+    found, errors = run_cli(main, *argv)
     assert found == status and errors.count("\n") == 1 and re.search(words, errors), errors
 
 
@@ -2386,18 +2383,18 @@ def test_whatever_ends_a_program_is_one_line(tmp_path, monkeypatch):
     def interrupted():
         for _ in common.progress(range(3), "pretrain 1/2", 3):
             raise KeyboardInterrupt
-    argv = [*TINY, *"--lr 10 --weight-decay 1 --pretrain-epochs 50".split(), "--output", tmp_path / "run"]
-    ends(cstar.main, argv, monkeypatch, 1, r": pretrain \d+/50: .*diverged")
+    flags = "--lr 10 --weight-decay 1 --pretrain-epochs 50 --output"
+    ends(1, r": pretrain \d+/50: .*diverged", cstar.main, TINY, flags, tmp_path / "run")
     assert not (tmp_path / "run/result.json").exists()
     monkeypatch.setattr(common.Run, "active", common.Run)
-    status, errors = run_cli(interrupted, ["--seed", "3"], monkeypatch, Terminal)
+    status, errors = run_cli(interrupted, "--seed 3", stderr=Terminal)
     assert status == 130 and errors.count("\n") == 1
     assert errors.rpartition("\r\033[K")[2].startswith("cstar.py: stopped") and "--seed 3 --resume" in errors
     full = Mock(side_effect=[RuntimeError("CUDA error: out of memory"), RuntimeError(
         "GET was unable to find an engine to execute this computation"), RuntimeError(       # cuDNN's word
         "CUBLAS_STATUS_ALLOC_FAILED"), RuntimeError("DataLoader worker (pid 7) is killed: Killed.")])
     for main in (lambda: torch.empty(10**15), lambda: np.empty(10**15), full, full, full, full):
-        ends(main, [], monkeypatch, 1, r"out of memory \(.*(CUDA|engine|allocate|CUBLAS|worker)")
+        ends(1, r"out of memory \(.*(CUDA|engine|allocate|CUBLAS|worker)", main)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(ZeroDivisionError):                       # a bug is seen whole
         common.cli(lambda: 1 / 0)
@@ -2413,7 +2410,7 @@ def test_whatever_ends_a_program_is_one_line(tmp_path, monkeypatch):
         common.sync(Mock(side_effect=RuntimeError("NCCL error in: a.cpp:1\nLast error:\nCuda failure 2")))
     unreachable = Mock(side_effect=OSError("Network is unreachable"))
     monkeypatch.setattr(pytest.importorskip("torchvision.datasets"), "CIFAR10", unreachable)
-    ends(cstar.main, ["--data-dir", tmp_path], monkeypatch, 1, "unreachable.*--dataset digits")
+    ends(1, "unreachable.*--dataset digits", cstar.main, "--data-dir", tmp_path)
 
 
 REFUSED = {                                                      # {script: {said of the first flag: flags}}
@@ -2513,8 +2510,7 @@ def test_defaults_are_the_papers_and_the_evaluation_is_stronger_than_the_trainin
                                                   for words in said for flags in said[words].split(", ")])
 def test_wrong_flags_are_one_line_exit_2_and_write_nothing(tmp_path, monkeypatch, script, words, flags):
     monkeypatch.chdir(tmp_path)
-    argv = ["--dataset", "digits", *shlex.split(flags)]
-    ends(script.main, argv, monkeypatch, 2, f"(?=.*{flags.split()[0]}).*{words}")
+    ends(2, f"(?=.*{flags.split()[0]}).*{words}", script.main, "--dataset digits", flags)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -2526,10 +2522,10 @@ def test_damaged_files_are_refused(finished, tmp_path, monkeypatch, damage, name
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_bytes(damage((finished[0] / name).read_bytes()))
     if name == "model.pt":
-        ends(judges.main, [name], monkeypatch, 1, "damaged")
-        ends(judges.main, ["nowhere.pt"], monkeypatch, 1, "there is no file nowhere.pt")
+        ends(1, "damaged", judges.main, name)
+        ends(1, "there is no file nowhere.pt", judges.main, "nowhere.pt")
     else:
-        ends(cstar.main, [*TINY, "--output", ".", "--resume"], monkeypatch, 1, "damaged")
+        ends(1, "damaged", cstar.main, TINY, "--output . --resume")
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
@@ -2556,29 +2552,28 @@ def test_files_of_other_content_are_refused(whole, finished, tmp_path, monkeypat
     assert os.listdir(tmp_path) == ["changed.pt"]
 
 
-def test_files_that_cannot_be_read_back_are_refused_at_once(finished, tmp_path, monkeypatch):
+def test_files_that_cannot_be_read_back_are_refused_at_once(finished, tmp_path):
     run, new = tmp_path / "run", tmp_path / "new"
     shutil.copytree(finished[0], run)
     (run / "result.json").write_text('{"args"')
-    ends(cstar.main, [*TINY, "--output", run], monkeypatch, 1, "result.json does not fit a run")
+    ends(1, "result.json does not fit a run", cstar.main, TINY, "--output", run)
     (run / "result.json").unlink()
+    ends(1, "not the file wanted here .*lacks: kind, network", judges.main, run / "last.pt")
     last = torch.load(run / "last.pt", weights_only=True)
-    torch.save(last | dict(random=last["random"] | dict(cuda=torch.zeros(1))), run / "last.pt")
-    ends(cstar.main, [*TINY, "--output", run, "--resume"], monkeypatch, 2, "was not begun on cpu")
-    torch.save(last, run / "last.pt")
-    ends(judges.main, [run / "last.pt"], monkeypatch, 1, "not the file wanted here .*lacks: kind, network")
-    for change in (dict(phase="prune"), dict(epoch=3), dict(epoch=-1), dict(epoch="1"), dict(states=[]),
-                   dict(states={}), dict(random={}), dict(states=dict(model={}, optimizer=3, schedule=None))):
-        torch.save(last | change, run / "last.pt")
-        ends(cstar.main, [*TINY, "--output", run, "--resume"], monkeypatch, 1, "last.pt")
-    torch.save(last | dict(args=last["args"] | dict(lr=torch.ones(2))), run / "last.pt")
-    ends(cstar.main, [*TINY, "--output", run, "--resume"], monkeypatch, 2, "different run .lr differ")
-    args = cstar.get_args([*TINY, "--output", str(new)])
+    for status, words, *changes in (
+            (1, "last.pt", dict(phase="prune"), dict(epoch=3), dict(epoch=-1), dict(epoch="1"),
+             dict(random={}), dict(states={}), dict(states=dict(model={}, optimizer=3, schedule=None))),
+            (2, "was not begun on cpu", dict(random=last["random"] | dict(cuda=torch.zeros(1)))),
+            (2, "different run .lr differ", dict(args=last["args"] | dict(lr=torch.ones(2))))):
+        for change in changes:
+            torch.save(last | change, run / "last.pt")
+            ends(status, words, cstar.main, TINY, "--output", run, "--resume")
+    args = cstar.get_args(argv_of(TINY, "--output", new))
     for script in ("my-cstar.py", "/elsewhere/nothing_here.py"):
         fails(2, "beside common.py", common.Run, args, None, script, {}, [])
     network = dict(arch="lenet", width=1, channels=1, classes=7, size=[8, 8])
     common.save_model(tmp_path / "7.pt", "cstar", "dense", network, common.build_network(**network), args)
-    ends(judges.main, [run / "model.pt", "--source", tmp_path / "7.pt"], monkeypatch, 2, "--source")
+    ends(2, "--source", judges.main, run / "model.pt", "--source", tmp_path / "7.pt")
     assert not new.exists()
     for value in (np.float64(1), np.ones(2), torch.nn.Linear(1, 1)):
         with pytest.raises(TypeError, match="new.pt can hold plain .* not (numpy|torch)"):
@@ -2597,11 +2592,11 @@ def test_files_that_cannot_be_read_back_are_refused_at_once(finished, tmp_path, 
     (lambda root: [p.unlink() for p in (root / "test/bee").iterdir()], "bee holds no images"),
     (lambda root: (root / "test/bee").rename(root / "test/wasp"), "class folders.*wasp"),
     (lambda root: (root / "test").rename(root / "held-out"), "class folders")])
-def test_bad_class_folders_are_one_sentence(tmp_path, monkeypatch, spoil, words):
+def test_bad_class_folders_are_one_sentence(tmp_path, spoil, words):
     write_images(tmp_path / "zoo")
     spoil(tmp_path / "zoo")
-    argv = "--dataset zoo --epsilon 0.1 --data-dir".split() + [tmp_path, "--output", tmp_path / "run"]
-    ends(cstar.main, argv, monkeypatch, 1, words)
+    flags = "--dataset zoo --epsilon 0.1 --data-dir"
+    ends(1, words, cstar.main, flags, tmp_path, "--output", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -2662,15 +2657,15 @@ def test_numbers_too_small_to_be_normal_become_zero_in_a_run():
     assert not (tiny * 1e-9).view(torch.int32).any()
 
 
-def test_two_processes_do_not_share_a_folder(tmp_path, monkeypatch):
-    fcntl, argv = pytest.importorskip("fcntl"), [*TINY, "--output", tmp_path]
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    fcntl, argv = pytest.importorskip("fcntl"), [cstar.main, TINY, "--output", tmp_path]
     (tmp_path / "log.jsonl").touch()
     with open(tmp_path / "log.jsonl") as other:
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        ends(cstar.main, argv, monkeypatch, 2, "another process")
+        ends(2, "another process", *argv)
     for name, content in (("model.pt", ""), ("dense.pt", ""), ("log.jsonl", "one\ntwo\n")):      # someone's
         (tmp_path / name).write_text(content)
-        ends(cstar.main, argv, monkeypatch, 2, "no last.pt")
+        ends(2, "no last.pt", *argv)
         assert (tmp_path / name).read_text() == content
         (tmp_path / name).unlink()
 
@@ -2729,10 +2724,10 @@ def test_compare_joins_seeds_and_leaves_out_what_is_damaged(finished, tmp_path, 
             ("--refresh R --commands", 2, "nothing"), ("zero --refresh R", 2, "folders"),
             ("zero --columns bytes,x", 2, "x is not one"),
             ("zero --plot a.txt", 2, "end in"), ("zero --columns bytes" + ",bytes" * 8, 2, "at most 8")):
-        found, errors = run_cli(compare.main, argv.split(), monkeypatch)
+        found, errors = run_cli(compare.main, argv)
         assert found == status and words in errors
     monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: None)
-    ends(compare.main, ["zero", "--plot", "a.png"], monkeypatch, 2, "matplotlib is not installed")
+    ends(2, "matplotlib is not installed", compare.main, "zero --plot a.png")
 
 
 def test_compare_names_rows_as_a_person_does(finished, tmp_path, capsys, monkeypatch):
@@ -2786,8 +2781,7 @@ def test_compare_names_rows_as_a_person_does(finished, tmp_path, capsys, monkeyp
     assert labels("run0", "third") == {same, "low rank, 9x, ADMM", "dense", "dense, of third"}
     lwm = result | dict(script="hydra_prune", args=hydra | dict(scores="lwm"))
     for run, seed in ((result, 0), (result, 1), (lwm, 1), (lwm, 2)):                 # of three networks
-        folder = f"seed{seed}-{run['script']}"
-        write_run(folder, run, args=dict(seed=seed), dense=dict(clean_acc=50.0 + seed))
+        write_run(f"seed{seed}-{run['script']}", run, args=dict(seed=seed), dense=dict(clean_acc=50.0 + seed))
     (_, dense), = [row for row in compare.main(["seed*"]) if row[0] == "dense"]
     assert [run["clean_acc"] for run in sorted(dense, key=lambda run: run["clean_acc"])] == [50, 51, 52]
 
@@ -2904,7 +2898,7 @@ def test_bench_times_saved_networks_and_onnx_runtime_computes_what_they_are(tmp_
     for ms, (ratio,) in (form.values() for form in found["batch_128"].values()):
         assert ratio == round(ms[str(file)] / ms[str(twin)], 2)
     assert torch.allclose(bench.by_onnx(model, x := torch.rand(3, 1, 16, 16))(x), model(x), atol=1e-5)
-    ends(bench.main, ["--models", file, SHIPPED / "model.pt"], monkeypatch, 2, "takes other images than")
+    ends(2, "takes other images than", bench.main, "--models", file, SHIPPED / "model.pt")
     normed = common.build_network(**network, mean=[0.4], std=[0.2]).eval()
     assert torch.allclose(bench.folded(normed)(x), normed(x), atol=1e-5)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -3012,9 +3006,9 @@ def train(name, folder, norm):
     unevaluated(pytest.MonkeyPatch())
     script.build_network, common.to_float = build, lambda images: images.double() / 255
     size = "--ratio 1.2" if script is not binary_relax else "--bits 2 --finetune-epochs 0"  # rounding decides
-    flags = " ".join(TINY).replace("admm", PHASE[script]).replace("--ratio 4", size)
+    flags = TINY.replace("admm", PHASE[script]).replace("--ratio 4", size)
     more = "--pretrain-epochs 1" if norm else "--arch lenet --width 4"
-    script.main([*f"{flags} {more} --amp off --output".split(), str(folder)])
+    script.main(argv_of(flags, more, "--amp off --output", folder))
     return torch.initial_seed()
 
 
@@ -3087,19 +3081,19 @@ def test_evaluation_is_in_exact_float32_whatever_the_program_has_set(kind, value
 
 
 def stop_and_resume(folder):
-    tiny(folder / "whole", evaluate=False)
+    tiny(folder / "whole")
     stopped(4, lambda: tiny(folder / "run"))
     if common.rank() == 0:
         shutil.copytree(folder / "run", folder / "one")
     stopped(2, lambda: tiny(folder / "run", "--resume"))             # before the cut and what it draws
-    return tiny(folder / "run", "--resume")["processes"]
+    return tiny(folder / "run", "--resume", evaluate=True)["processes"]
 
 
 def test_two_processes_resume_bit_for_bit_and_one_goes_on_where_they_stopped(tmp_path):
     assert together(2, stop_and_resume, tmp_path) == [2, 2]
     assert (tmp_path / "whole/model.pt").read_bytes() == (tmp_path / "run/model.pt").read_bytes()
     assert json.loads((tmp_path / "run/result.json").read_text())["processes"] == 2
-    tiny(tmp_path / "one", "--resume", evaluate=False)
+    tiny(tmp_path / "one", "--resume")
     whole, run, one = (log_of(tmp_path / name) for name in ("whole", "run", "one"))
     assert (len(whole), len(run), len(one)) == (8, 9, 8) and run[:3] == one[:3]
 
@@ -3115,7 +3109,7 @@ def draw(folder):
         return train(*args, **more)
     seeds, train, cstar.train_epoch = [], cstar.train_epoch, training
     runs, once, common.Run.compute_once = [], common.Run.compute_once, drawing
-    tiny(folder, evaluate=False)
+    tiny(folder)
     return runs[0].generator.get_state().tolist(), seeds
 
 
@@ -3126,7 +3120,7 @@ def test_two_processes_draw_the_same_batches_after_what_one_has_computed_and_oth
 
 def refuse(folder):
     sys.argv, sys.stderr = ["cstar.py"], open(folder / "errors", "a", buffering=1)
-    common.cli(lambda: tiny(folder / "run", "--batch-size", "31"))
+    common.cli(lambda: tiny(folder / "run", "--batch-size 31"))
 
 
 def leave():
@@ -3146,8 +3140,8 @@ def test_two_processes_say_what_ended_them_once(tmp_path):
         script.write_text(f"import atexit, os, sys, time; sys.path[0] = {str(HERE)!r}; import common, cstar\n"
             f"if os.environ['RANK'] == '1': cstar.train_epoch = lambda *_, **more: {end}\n"
             "atexit.register(time.sleep, 999)\ncommon.cli(cstar.main)")
-        run = spawn("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *TINY,
-                    "--pretrain-epochs", "500", "--output", tmp_path / end[0])
+        run = spawn(*argv_of("-m torch.distributed.run --standalone --nproc_per_node=2", script, TINY,
+                             "--pretrain-epochs 500 --output", tmp_path / end[0]))
         errors = run.communicate(timeout=90)[1]
         said, = re.findall("^cstar.py: (.*)", errors, re.M)
         assert re.match("pretrain 1/500: another pro|stopped; .*torchrun --nproc.*--resume", said)
@@ -3160,7 +3154,7 @@ def test_photos_are_cut_by_seed_epoch_and_index_whatever_the_workers_and_the_bat
         return torch.cat([*data.train[0].load(map(torch.tensor, batches), "cpu", seed)])
     from PIL import Image
     from torchvision.transforms import v2
-    data, other = (common.load_data(cstar.get_args([*TINY, *zoo, "--workers", n])) for n in "13")
+    data, other = (common.load_data(cstar.get_args(argv_of(TINY, *zoo, "--workers", n))) for n in "13")
     generators, seen = (torch.Generator(), torch.Generator()), set()
     for count in (12, 24):
         epoch, again = (torch.cat([x for x, _ in one.batches(4, generator)])
@@ -3171,7 +3165,7 @@ def test_photos_are_cut_by_seed_epoch_and_index_whatever_the_workers_and_the_bat
     images = load(1, [3, 7, 0], [5])
     assert torch.equal(images[[3, 2, 1]], load(1, [5, 0], [7]))
     assert not (images[[3, 2]] == load(2, [5, 0])).flatten(1).all(1).any()
-    files = [f"{zoo[3]}/zoo/val/{name}/{i}.jpg" for i in range(6) for name in ("ant", "bee")]
+    files = [f"{zoo[1]}/zoo/val/{name}/{i}.jpg" for i in range(6) for name in ("ant", "bee")]
     same, = common.Photos(files[:1] * 12, 1).load([torch.arange(12)], "cpu", 1)
     assert len(same.flatten(1).unique(dim=0)) == 12              # each is cut anew
     with monkeypatch.context() as patch:
@@ -3183,7 +3177,8 @@ def test_photos_are_cut_by_seed_epoch_and_index_whatever_the_workers_and_the_bat
         patch.setattr(common.Photos, "load", lambda self, parts, device: (
             part.byte().view(-1, 1, 1, 1).expand(-1, 3, 32, 32) for part in parts))
         patch.setattr(common, "subset", lambda x, y, *_: (common.Photos(files[:1] * 120, 1), y))
-        assert common.load_data(cstar.get_args([*TINY, *zoo])).test[0][:, 0, 0, 0].tolist() == [*range(120)]
+        images = common.load_data(cstar.get_args(argv_of(TINY, *zoo))).test[0]
+        assert images[:, 0, 0, 0].tolist() == [*range(120)]
     middle = v2.Compose([v2.Resize(36), v2.CenterCrop(32)])
     photos = [v2.functional.pil_to_tensor(Image.open(file).convert("RGB")) for file in files]
     assert torch.equal(data.test[0], torch.stack([*map(middle, photos)]))
@@ -3194,17 +3189,17 @@ def test_photos_are_cut_by_seed_epoch_and_index_whatever_the_workers_and_the_bat
 @pytest.mark.parametrize("split, spoil", [
     ("val", lambda data: b""), ("train", lambda data: data[:len(data) // 2]), ("train", lambda data: b""),
     ("train", lambda data: b"BM" + data)])
-def test_photo_that_is_none_is_one_sentence_with_its_path(zoo, tmp_path, monkeypatch, split, spoil):
-    shutil.copytree(f"{zoo[3]}/zoo", tmp_path / "zoo")
+def test_photo_that_is_none_is_one_sentence_with_its_path(zoo, tmp_path, split, spoil):
+    shutil.copytree(f"{zoo[1]}/zoo", tmp_path / "zoo")
     path = tmp_path / "zoo" / split / "bee/1.jpg"
     path.write_bytes(spoil(path.read_bytes()))
-    argv = [*TINY, *zoo, "--data-dir", tmp_path, "--output", tmp_path / "run"]
-    ends(cstar.main, argv, monkeypatch, 1, re.escape(str(path)) + r" cannot be read.*\([^/]*\)$")
+    more = ["--data-dir", tmp_path, "--output", tmp_path / "run"]
+    ends(1, re.escape(str(path)) + r" cannot be read.*\([^/]*\)$", cstar.main, TINY, *zoo, *more)
 
 
 def test_torchvision_network_comes_to_its_result_within_cstars_budget(zoo, tmp_path):
     flags = "--arch imagenet_resnet18 --width 16 --ratio 16 --admm-epochs 0 --finetune-epochs 1"
-    result = tiny(tmp_path / "run", *zoo, *flags.split())
+    result = tiny(tmp_path / "run", *zoo, flags, evaluate=True)
     assert result["images"] == 12 and 16 <= result["params_ratio"] < 16.1 and result["bytes_ratio"] > 15
 
 
@@ -3248,8 +3243,7 @@ def test_pretrained_takes_what_others_published(tmp_path, digits, form, renamed)
     if renamed:                                                  # as torchvision has them
         theirs = {k.replace("shortcut", "downsample").replace("linear", "fc"): t for k, t in theirs.items()}
     torch.save(form(theirs), path := tmp_path / "theirs.pt", _use_new_zipfile_serialization=form is not dict)
-    flags = [*UNTRAINED, "--pretrained", str(path), *"--mean 0.3 --std 0.5".split()]
-    tiny(tmp_path / "run", *flags, evaluate=False)
+    tiny(tmp_path / "run", UNTRAINED, "--mean 0.3 --std 0.5 --pretrained", path)
     with torch.no_grad():                                        # others normalise outside of the network
         assert torch.equal(common.load_model(tmp_path / "run/dense.pt")(images), own((images - 0.3) / 0.5))
     artifact, compact = common.read_model(tmp_path / "run/model.pt")
@@ -3267,13 +3261,13 @@ def test_pretrained_takes_what_others_published(tmp_path, digits, form, renamed)
 def test_pretrained_that_does_not_fit_is_one_sentence_and_runs_no_code(tmp_path, monkeypatch, words, change):
     monkeypatch.chdir(tmp_path)
     torch.save(resnet().state_dict() | change, "theirs.pt")
-    argv = [*TINY, *UNTRAINED, "--pretrained", "theirs.pt", "--output", "run"]
-    ends(cstar.main, argv, monkeypatch, 1 if "code" in words else 2, words)
+    argv = cstar.main, TINY, UNTRAINED, "--pretrained theirs.pt --output run"
+    ends(1 if "code" in words else 2, words, *argv)
     assert os.listdir() == ["theirs.pt"]
     content = Path("theirs.pt").read_bytes()                     # a byte of a weight
     Path("theirs.pt").write_bytes(content.replace(weight := resnet().conv1.weight.detach().numpy().tobytes(),
                                                   weight[:-1] + b"x"))
-    ends(cstar.main, argv, monkeypatch, 1, "theirs.pt is damaged")
+    ends(1, "theirs.pt is damaged", *argv)
 
 
 def narrow_gradients():
