@@ -1106,6 +1106,8 @@ def test_admm_modes_spend_the_same_epochs_on_networks_of_one_size(tmp_path):
     assert results["ticket"]["dense"] == results["admm"]["dense"]
     rho = pytest.approx(3 * (1 - 0.9) / (0.1 / 2 * 4))           # three time constants in the epoch's 4 steps
     assert [results[mode]["rho"] for mode in ("admm", "post")] == [rho, None]
+    args = Mock(rho=None, rho_growth=1.0, momentum=0.0, admm_lr=0.05, admm_interval=1)
+    assert [admm_prune.first_rho(args, Mock(steps=lambda _: n)) for n in (1, 3, 60)] == [20, 20, 1]
     assert len({json.dumps(r["kept"]) for m, r in results.items() if m != "scratch"}) == 1
 
 
@@ -1132,38 +1134,29 @@ def test_admm_ticket_is_the_initial_network_cut_like_the_pruned_one(whole, tmp_p
 
 @pytest.mark.parametrize("script, flags, rho", [
     (cstar, "--pretrain-epochs 3", [0.75] * 2), (binary_relax, "--pretrain-epochs 3", []),
-    (admm_prune, "--pretrain-epochs 3 --rho-growth 2", [1.5, 3]), (admm_prune, "--mode ticket --ticket", [])])
-def test_radius_and_step_ramp_up_together_and_the_log_has_rho_and_residual(
+    (admm_prune, "--pretrain-epochs 3 --rho-growth 2 --admm-epochs 5 --admm-interval 2",
+     [None, 0.75, None, 1.5, None]), (admm_prune, "--mode ticket --ticket", [])])
+def test_radius_and_step_ramp_up_together_and_the_log_has_rho_and_residual_of_each_update(
         whole, tmp_path, monkeypatch, script, flags, rho):
-    attacks, rises, run = [], [], tmp_path / "run"
+    attacks, run = [], tmp_path / "run"
     more = [whole(admm_prune)[0] / "ticket.pt"] if "ticket" in flags else []
     monkeypatch.setattr(script, "pgd", lambda model, x, y, *attack: attacks.append(attack) or x)
-    monkeypatch.setattr(script, "make_optimizer", lambda *args, **more: (
-        rises.append(more.get("rise")) or common.make_optimizer(*args, **more)))
+    monkeypatch.setattr(script, "make_optimizer", make_optimizer := Mock(wraps=common.make_optimizer))
     tiny(run, "--ramp-epochs 2", flags, *more, script=script)
-    wanted = {cstar: [None, 0.0, None], admm_prune: [None, 0.2, None], binary_relax: [None, None]}
-    assert rises == wanted[script]
+    rises = {cstar: [None, 0.0, None], admm_prune: [None, 0.2, None], binary_relax: [None, None]}[script]
+    assert [call.kwargs.get("rise") for call in make_optimizer.call_args_list] == rises
     strengths = [row["strength"] for row in log_of(run) if "strength" in row]
     assert strengths[:3] == ([] if more else [0.5, 1, 1])
     rows = [row for row in log_of(run) if row.get("phase") == "admm"]
-    assert [row["rho"] for row in rows] == pytest.approx(rho)
-    residual = common.read_file(run / "last.pt")["computed"].get("residual")
-    assert residual == (rows[-1]["residual"] if rows else None)
+    assert [row["rho"] if "residual" in row else None for row in rows] == pytest.approx(rho)
+    residuals = [None, *(row["residual"] for row in rows if "rho" in row)]
+    assert common.read_file(run / "last.pt")["computed"].get("residual") == residuals[-1]
     assert attacks[:4] == [(0.1, 0.025, 2)] * 4                  # an epoch at half strength
     assert len(attacks) > 8 and set(attacks[4:]) == {(0.2, 0.05, 2)}
     if script is binary_relax:                                   # there over all phases
         attacks.clear()
         tiny(tmp_path / "long", "--pretrain-epochs 1 --ramp-epochs 5", script=script)
         assert [radius for radius, *_ in attacks[::4]] == pytest.approx([0.04, 0.08, 0.12, 0.16, 0.2])
-
-
-def test_admm_updates_come_at_their_interval(tmp_path):
-    tiny(tmp_path / "run", UNTRAINED, "--admm-epochs 5 --admm-interval 2", script=admm_prune)
-    lines = log_of(tmp_path / "run")
-    assert ["residual" in line for line in lines if line.get("phase") == "admm"] == [0, 1, 0, 1, 0]
-    assert [line["rho"] for line in lines if "residual" in line] == pytest.approx([0.75] * 2)    # 8 steps
-    args = Mock(rho=None, rho_growth=1.0, momentum=0.0, admm_lr=0.05, admm_interval=1)
-    assert [admm_prune.first_rho(args, Mock(steps=lambda _: n)) for n in (1, 3, 60)] == [20, 20, 1]
 
 
 def test_admm_cut_goes_by_the_weights_alone(tmp_path, monkeypatch):
@@ -1452,18 +1445,16 @@ def test_hydra_bounds_never_exceed_the_exact_margin_of_a_mixed_integer_program(s
 
 
 def test_hydra_symbolic_bound_verifies_what_pgd_trained_and_gets_what_is_open(digits, monkeypatch):
-    def spy(layers, boxes, y):
-        seen.append(boxes[0][0])
-        return symbolic(layers, boxes, y)
     model = trained("--arch cnn_small --width 16 --pretrain-epochs 10 --epsilon 0.04 --num-steps 5")
-    seen, symbolic = [], hydra_prune.symbolic_margins
     with common.evaluating(model) as generator:
         robust = common.first_broken_iterate(
             model, digits.test, generator, epsilon=0.04, step_size=0.01, num_steps=10) > 10
     def verified_by(bound):
         monkeypatch.setattr(hydra_prune, "symbolic_margins", bound)
         return hydra_prune.verify(model, digits.test, 0.04, robust)["verified_acc"]
-    with_it, without = verified_by(spy), verified_by(lambda layers, boxes, y: torch.zeros(len(y), 10))
+    symbolic = Mock(wraps=hydra_prune.symbolic_margins)
+    with_it, without = verified_by(symbolic), verified_by(lambda layers, boxes, y: torch.zeros(len(y), 10))
+    seen = [call.args[1][0][0] for call in symbolic.call_args_list]
     assert with_it > 70 and without < 30
     monkeypatch.undo()
     x, y = common.to_float(digits.test[0]).double(), digits.test[1]
@@ -1553,14 +1544,11 @@ def test_hydra_losses_of_bounds_are_their_formulas_and_reach_the_weights(digits)
 
 
 def test_hydra_weight_of_mixtrain_grows_at_the_full_radius_and_scores_have_no_decay(tmp_path, monkeypatch):
-    def spy(model, batches, optimizer, *rest, **more):
-        epochs.append(more["t"])
-        groups.append([(len(g["params"]), g["weight_decay"]) for g in optimizer.param_groups])
-        return train_epoch(model, batches, optimizer, *rest, **more)
-    epochs, groups, weights, train_epoch = [], [], [], hydra_prune.train_epoch
-    monkeypatch.setattr(hydra_prune, "train_epoch", spy)
+    monkeypatch.setattr(hydra_prune, "train_epoch", train_epoch := Mock(wraps=hydra_prune.train_epoch))
     tiny(tmp_path / "run", "--ramp-epochs 1", script=hydra_prune)
-    assert epochs == [-1, 0, 0, 1, 0, 1]
+    epochs, weights = train_epoch.call_args_list, []
+    assert [call.kwargs["t"] for call in epochs] == [-1, 0, 0, 1, 0, 1]
+    groups = [[(len(g["params"]), g["weight_decay"]) for g in call.args[2].param_groups] for call in epochs]
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in resnet().modules())
     scores = len(hydra_prune.Scores(resnet(), "irregular", 2).s)
     assert groups[2] == [(2 * norms, 5e-4), (scores, 0)] and groups[0][0][1] == groups[4][0][1] == 5e-4
