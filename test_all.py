@@ -471,9 +471,8 @@ def test_rates_of_every_phase_rise_to_their_peak_and_fall_to_zero(script, more, 
         return optimizer, schedule
     rates, momenta = [], []
     monkeypatch.setattr(script, "make_optimizer", make_optimizer)
-    lr = dict(zip(SCRIPTS, ("--admm-lr", "--admm-lr", "--prune-lr", "--relax-lr")))[script]
-    flags = f"--pretrain-epochs 1 --{PHASE[script]}-epochs 2 --finetune-epochs 3 --num-steps 0 {lr} 0.07"
-    tiny(tmp_path / "run", flags, more, script=script)
+    flags = f"--pretrain-epochs 1 --{PHASE[script]}-epochs 2 --finetune-epochs 3 --num-steps 0"
+    tiny(tmp_path / "run", flags, f"--{PHASE[script]}-lr 0.07", more, script=script)
     steps, peaks = ([4, 8, 12], [0.1, 0.07, 0.03]) if more else ([4, 20], [0.1, 0.07])
     assert [len(own) for own in rates] == steps and set(momenta) == {0.9}
     for own, peak in zip(rates, peaks):
@@ -643,12 +642,11 @@ def test_sanity_flags_rise_at_their_thresholds(digits, monkeypatch):
 def test_evaluate_of_a_random_network_is_repeatable_and_takes_the_losses_in_turn(robust, digits, monkeypatch):
     model = Wrapped(robust, lambda inner, x: inner(x + 0.1 * torch.randn_like(x)))
     images, state = [t[:40] for t in digits.test], torch.get_rng_state()
-    found, pgd = [], common.pgd
     with monkeypatch.context() as patch:
-        patch.setattr(common, "pgd", lambda *args, **more: found.append(
-            (more["loss"], more["eot"], more["anneal"])) or pgd(*args, **more))
+        patch.setattr(common, "pgd", pgd := Mock(wraps=common.pgd))
         first, second = (common.evaluate(model, images, **SETTINGS, eot=2, seed=3, restarts=3)
                          for _ in range(2))
+    found = [tuple(call.kwargs[k] for k in ("loss", "eot", "anneal")) for call in pgd.call_args_list]
     assert found == [("ce", 2, True), ("margin", 2, True), ("ce", 2, True)] * 2
     assert first["attack"] | dict(losses=["ce", "margin"], eot=2, seed=3) == first["attack"]
     assert first == second and first["attack"]["draws"] == 10 and torch.equal(state, torch.get_rng_state())
@@ -2152,7 +2150,7 @@ def test_flags_do_something(whole, tmp_path, script, flags):
     assert not same_weights(whole(script, base, evaluate=False)[0] / "model.pt", run / "model.pt")
     if script is cstar:
         rhos = {"--admm-epochs": None, "--rho": 0.1, "--admm-lr": 150, "--momentum": 7.5}
-        rho = rhos.get(more.split()[0], 1.5)                           # 3 (1 - momentum) / (rate * 2 steps)
+        rho = rhos.get(more.split()[0], 1.5)                     # 3 (1 - momentum) / (rate * 2 steps)
         assert found["rho"] == (rho and pytest.approx(rho))
 
 
