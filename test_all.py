@@ -140,10 +140,10 @@ finished = pytest.fixture(lambda whole: whole(cstar), scope="session")
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
     @functools.cache
-    def run(script, *more, evaluate=True):
+    def run(script, evaluate, *more):
         folder = tmp_path_factory.mktemp("run") / "whole"
         return folder, tiny(folder, *more, script=script, evaluate=evaluate)
-    return run
+    return lambda script, *more, evaluate=True: run(script, evaluate, *filter(None, more))
 
 
 @pytest.fixture(scope="session", autouse=True)
