@@ -105,7 +105,7 @@ def number(low, high=10**9, kind=float, hint=""):
     name = "number" if kind is float else "whole number"
     def convert(text):
         with contextlib.suppress(ValueError, ZeroDivisionError, OverflowError):
-            value = float(Fraction(text)) if kind is float else int(text)
+            value = float(Fraction(text)) if kind is float and "/" in text else kind(text)
             if low <= value <= high:
                 return value
         raise argparse.ArgumentTypeError(f"{text} is not a {name} from {low} to {high}{hint}")
@@ -464,8 +464,9 @@ def read_torchvision(name, root):
         read = functools.partial(getattr(torchvision.datasets, TORCHVISION[name][0]), str(root))
         splits = [read(s if name == "svhn" else s == "train", download=True) for s in ("train", "test")]
     except Exception as fault:                                   # unpickling can raise anything
-        raise Fault(f"{name} is neither in {root / TORCHVISION[name][1]} nor in {root / name}/train/<class>, "
-                    f"nor got by torchvision ({first_line(fault)}); --dataset digits needs none") from None
+        raise Fault(f"torchvision neither reads nor downloads {name} in {root / TORCHVISION[name][1]} "
+                    f"({first_line(fault)}), and there is no {root / name}/train; --dataset digits needs none"
+                    ) from None
     pairs = [(np.asarray(s.data), np.asarray(s.labels if name == "svhn" else s.targets)) for s in splits]
     if name != "svhn":                                           # (N, H, W) or (N, H, W, C) -> (N, C, H, W)
         pairs = [(np.ascontiguousarray(np.moveaxis(x.reshape(*x.shape[:3], -1), 3, 1)), y) for x, y in pairs]
@@ -1015,7 +1016,8 @@ def is_random(model, x):
 def checked(model, images):
     """(images, labels as int64); Fault unless they are uint8 (N, C, H, W) and the network's classes (N,)."""
     x, y = images
-    if x.dtype != torch.uint8 or x.dim() != 4 or y.is_floating_point() or not 0 < len(x) == len(y):
+    whole_numbers = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+    if x.dtype != torch.uint8 or x.dim() != 4 or not whole_numbers or y.shape != x.shape[:1] or not len(x):
         raise Fault(f"images are to be uint8 (N, C, H, W) and labels whole numbers (N,), not {x.dtype} "
                     f"{tuple(x.shape)} and {y.dtype} {tuple(y.shape)}")
     classes = logits_of(model, to_float(x[:1])).shape[1]
@@ -1228,6 +1230,8 @@ def read_file(path, own=True, **kinds):
         return content
     except FileNotFoundError:
         raise Fault(f"there is no file {path}") from None
+    except (OSError, MemoryError):                               # says nothing about the content
+        raise
     except Exception as fault:                                   # unpickling can raise anything
         reason = first_line(fault) if type(fault) is ValueError else type(fault).__name__
         what = "not the file wanted here" if own else (
@@ -1307,7 +1311,7 @@ def load_pretrained(model, path, network):
         raise UsageFault(f"argument --pretrained: there is no file {path}")
     content = read_file(path, own=False)
     content = content if isinstance(content, dict) else {}
-    if "format" in content:
+    if {"format", "script"} <= content.keys():
         artifact = read_artifact(path)
         state, kind, found = artifact["state"], artifact["kind"], artifact["network"]
         if (kind, found) != ("dense", network):

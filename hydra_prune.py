@@ -101,6 +101,8 @@ def get_args(argv=None):
     own = {"trades": dict(beta=6.0), "smooth": dict(beta=6.0, sigma=0.25), "crown-ibp": dict(final_share=0.0),
            "mixtrain": dict(mix_images=1 if args.arch == "cnn_large" else 5)}.get(args.objective, {})
     others = {"beta", "final_share", "mix_images", "sigma"} - own.keys()
+    if args.objective not in ("pgd", "trades"):                      # without an attack in training
+        others |= {"step_size", "num_steps"}
     if args.objective in ("natural", "smooth"):                      # without a radius that could grow
         others, defaults = others | {"ramp_epochs"}, dict(ramp_epochs=0)
     parser.refuse(args, f"with --objective {args.objective}", *sorted(others))
@@ -165,19 +167,19 @@ class Scores(nn.Module):
     multiplies its own, and is 1e-6: a batch norm on a sum would amplify a channel that all writers lost."""
     def __init__(self, model, scheme, ratio):
         super().__init__()
-        self.scheme, self.ratio, self.layers, self.carriers = scheme, ratio, prunable(model, scheme), []
+        self.ratio, self.layers, self.carriers = ratio, prunable(model, scheme), []
         groups = channel_groups(model) if scheme == "filter" else ()
         norms = {name: norm for writers, _, _ in groups for name, norm in writers.items()}
         self.s = nn.ParameterList(first_score(m.weight.detach(), scheme) for m in self.layers.values())
-        for i, (name, layer) in enumerate(self.layers.items()):
+        self.w = nn.ParameterList()
+        for s, (name, layer) in zip(self.s, self.layers.items()):
             masked, small = [layer.weight], 0.0                      # what m multiplies, and m where pruned
             if scheme == "filter":
                 norm = model.get_submodule(norms[name] or name)      # or the layer itself
                 masked = [norm.weight] if norm.bias is None else [norm.weight, norm.bias]
                 small = 1e-6 if norm is layer else 0.001
-            self.carriers.append([(p, f"w{i}_{j}", small) for j, p in enumerate(masked)])
-            for p, buffer, _ in self.carriers[i]:
-                self.register_buffer(buffer, p.detach().clone())
+            self.carriers += [(s, p, small) for p in masked]
+            self.w.extend(nn.Parameter(p.detach().clone(), requires_grad=False) for p in masked)
 
     def masks(self):
         """{layer: boolean like its weight}; Fault if a score is not finite."""
@@ -188,22 +190,19 @@ class Scores(nn.Module):
     @torch.no_grad()
     def mask_weights_(self):
         """[B] Sets what the network holds to w * m(s)."""
-        for s, carriers in zip(self.s, self.carriers):
-            mask = choose_mask(s, self.ratio)
-            for p, buffer, small in carriers:
-                w = getattr(self, buffer)
-                p.copy_(torch.where(spread(mask, p), w, small * w))
+        for w, (s, p, small) in zip(self.w, self.carriers):
+            p.copy_(torch.where(spread(choose_mask(s, self.ratio), p), w, small * w))
 
     @torch.no_grad()
     def collect_gradients_(self):
         """[D] dL/ds = sign(s) w dL/d(w m), of the pruned too, from the gradients that the network got; of a
         filter, whose entries have one m, their sum."""
-        for s, carriers in zip(self.s, self.carriers):
+        for s in self.s:
             s.grad = torch.zeros_like(s)
-            for p, buffer, _ in carriers:
-                each = getattr(self, buffer) * p.grad
-                s.grad += s.sign() * (each if s.shape == p.shape else each.flatten(1).sum(1))
-                p.grad = None
+        for w, (s, p, _) in zip(self.w, self.carriers):
+            each = w * p.grad
+            s.grad += s.sign() * (each if s.shape == p.shape else each.flatten(1).sum(1))
+            p.grad = None
 
 
 # ---------------------------------------------------------------- sound bounds
@@ -340,8 +339,9 @@ def verify(model, images, epsilon, robust):
             parts = left.split(size)[rank()::world()] if len(left) else ()           # this process's share
             for part in progress(parts, "bounds", len(parts)):
                 x, y = to_float(images[0][part]).double(), images[1][part]
-                lower = bound(layers, interval_boxes(layers, x, epsilon), y).scatter(1, y[:, None], 1.0)
-                verified[part] = (lower > 0).all(1)
+                lower = bound(layers, interval_boxes(layers, x, epsilon), y).scatter(1, y[:, None], math.inf)
+                least = 1e-5 * exact(x).abs().amax(1, True)          # float32, which attacks see, rounds more
+                verified[part] = (lower > least).all(1)
             sync(dist.all_reduce, verified, dist.ReduceOp.MAX)
     if (verified & ~robust).any():
         raise Fault("an image that the bounds verify was misclassified: the bounds are not sound")
@@ -425,11 +425,6 @@ def train_epoch(model, batches, optimizer, schedule, args, scores=None, masks=No
     return fields
 
 
-def optimizer_of(module, lr, epochs, data, args, scores=()):
-    """SGD as in all scripts, or Adam with bounds as in HYDRA's code; ours: no weight decay on the scores."""
-    return make_optimizer(module, lr, epochs, data, args, args.objective in BOUNDED, undecayed=scores)
-
-
 def build(artifact):
     """The network of a model.pt or dense.pt: with the layers' stored sizes; weights loaded strictly."""
     return resize_(build_network(**artifact["network"]), artifact["state"])
@@ -448,11 +443,12 @@ def main(argv=None):
     run = Run(args, data, __file__, phases, argv)
     if run.result:
         return run.result
-    tf32 = args.objective not in BOUNDED                             # bounds need all digits
-    model, steps = prepare(model, args, tf32), data.steps(args.batch_size)
+    adam = args.objective in BOUNDED                                 # as in HYDRA's code
+    model = prepare(model, args, tf32=not adam)                      # bounds need all digits
+    steps = data.steps(args.batch_size)
 
     # Phase 1: a dense robust network; the radius grows in its first epochs, step by step.
-    optimizer, schedule = optimizer_of(model, args.lr, phases["pretrain"], data, args)
+    optimizer, schedule = make_optimizer(model, args.lr, phases["pretrain"], data, args, adam)
     for epoch in run.epochs("pretrain", model=model, optimizer=optimizer, schedule=schedule):
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, t=epoch - args.ramp_epochs,
                              strength_at=lambda i: ramp(epoch * steps + i, args.ramp_epochs * steps))
@@ -466,7 +462,7 @@ def main(argv=None):
     if phases["prune"] and not run.saved:
         scores.mask_weights_()
     norms = nn.ModuleList(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
-    optimizer, schedule = optimizer_of(norms, args.prune_lr, phases["prune"], data, args, scores.s)
+    optimizer, schedule = make_optimizer(norms, args.prune_lr, phases["prune"], data, args, adam, scores.s)
 
     def mask_changed():
         moved = [(mask.cpu() ^ lwm_masks[name]).sum() for name, mask in scores.masks().items()]
@@ -485,8 +481,9 @@ def main(argv=None):
     kept = {name: int(mask.sum()) for name, mask in masks.items() if name.endswith("weight")}
     if args.scheme == "filter":
         model, masks = remove_filters_(model, masks)
-    model, masks = prepare(model, args, tf32), {name: mask for name, mask in masks.items() if not mask.all()}
-    optimizer, schedule = optimizer_of(model, args.finetune_lr, phases["finetune"], data, args)
+    model = prepare(model, args, tf32=not adam)
+    masks = {name: mask for name, mask in masks.items() if not mask.all()}
+    optimizer, schedule = make_optimizer(model, args.finetune_lr, phases["finetune"], data, args, adam)
     for epoch in run.epochs("finetune", model=model, optimizer=optimizer, schedule=schedule):
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, masks=masks, t=epoch)
         run.log(epoch=epoch + 1, **fields)

@@ -53,7 +53,7 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if not args.smoothing:
         parser.refuse(args, "without --smoothing", "smoothing_images", "smoothing_draws")
-    if args.constant_step and not args.step_size:
+    if args.constant_step and args.step_size is None:
         parser.error("argument --constant-step: needs --eval-step-size; what annealing begins with is large")
     if args.autoattack and not importlib.util.find_spec("pyautoattack"):
         parser.error("argument --autoattack: the package pyautoattack is not installed")
