@@ -101,8 +101,6 @@ def get_args(argv=None):
     own = {"trades": dict(beta=6.0), "smooth": dict(beta=6.0, sigma=0.25), "crown-ibp": dict(final_share=0.0),
            "mixtrain": dict(mix_images=1 if args.arch == "cnn_large" else 5)}.get(args.objective, {})
     others = {"beta", "final_share", "mix_images", "sigma"} - own.keys()
-    if args.objective not in ("pgd", "trades"):                      # without an attack in training
-        others |= {"step_size", "num_steps"}
     if args.objective in ("natural", "smooth"):                      # without a radius that could grow
         others, defaults = others | {"ramp_epochs"}, dict(ramp_epochs=0)
     parser.refuse(args, f"with --objective {args.objective}", *sorted(others))

@@ -66,8 +66,6 @@ def argv_of(*parts):
 
 def tiny(folder, *more, script=cstar, evaluate=False):
     flags = TINY.replace("admm", PHASE[script])
-    if {"natural", "smooth", *hydra_prune.BOUNDED} & {*argv_of(*more)}:
-        flags = flags.replace("--num-steps 2", "")                   # no attack in training
     if script is binary_relax:
         flags = flags.replace("resnet18", "enresnet --depth 8 --noise 0").replace("--ratio 4", "--bits 2")
     with pytest.MonkeyPatch.context() as patch:
@@ -1298,8 +1296,8 @@ def test_hydra_without_pruning_epochs_is_lwm_and_bc_is_br_that_switches_at_once(
 @pytest.mark.parametrize("name", ["natural", "pgd", "trades", "smooth"])
 def test_hydra_objectives_are_their_formulas(digits, name):
     """At confident predictions: there the gradients of KL(p || q) and KL(q || p) differ. At half strength."""
-    more = dict(pgd="--num-steps 4", trades="--num-steps 4 --beta 3", smooth="--beta 3 --sigma 0.5")
-    args = digits_args(hydra_prune, f"--objective {name} {more.get(name, '')}")
+    more = dict(trades="--beta 3", smooth="--beta 3 --sigma 0.5").get(name, "")
+    args = digits_args(hydra_prune, f"--num-steps 4 --objective {name} {more}")
     model, x, y = resnet(), common.to_float(digits.train[0][:20]), digits.train[1][:20]
     model.linear.weight.data *= 1000
     seen, before = [], copy.deepcopy(model).eval()
@@ -1653,8 +1651,7 @@ def test_relax_agrees_with_torchao(bits, theta):
 def test_relax_step_moves_latent_weights_by_the_gradient_at_relaxed_ones(digits, monkeypatch, adv, nat):
     """One step of SGD with weight decay, by hand; both images are weighed, attacks made where asked for. An
     exception leaves the weights as they were, bit for bit."""
-    steps = "--num-steps 3" if adv else ""
-    args = digits_args(binary_relax, f"{steps} --bits 2 --adv-weight {adv} --nat-weight {nat}")
+    args = digits_args(binary_relax, f"--num-steps 3 --bits 2 --adv-weight {adv} --nat-weight {nat}")
     torch.manual_seed(0)
     model, calls = binary_relax.EnResNet(8, 1, 0.0, 2, 1, 10), []
     targets, lam = binary_relax.quantisable(model), 1.5
@@ -2361,16 +2358,14 @@ REFUSED = {                                                      # {script: {sai
         "does nothing": "--mix-images 3, --beta 1, --beta 1 --objective mixtrain, --sigma 1 --objective "
                         "trades, --final-share 1 --objective smooth, --ramp-epochs 1 --objective smooth, "
                         "--prune-lr 1 --scores lwm, --prune-lr 1 --prune-epochs 0, --finetune-lr 1 "
-                        "--finetune-epochs 0, --num-steps 3 --objective natural, --step-size 0.1 --objective "
-                        "mixtrain"},
+                        "--finetune-epochs 0"},
     binary_relax: {"invalid choice": "--bits 3", "unrecognized": "--ratio 4", "depth.*6 b": "--depth 21",
         "is not a": "--adv-weight -1, --members 0, --noise nan", "no meaning": "--method bc --bits 32",
         "3 is more": "--ramp-epochs 3 --pretrained none.pt", "is for networks": "--eot 3 --noise 0",
         "enresnet": "--noise 0.1 --arch lenet, --depth 20 --arch resnet18, --members 2 --arch resnet18",
         "both": "--nat-weight 0 --adv-weight 0", "none.pt": "--pretrained none.pt",
         "does nothing": "--finetune-lr 1 --finetune-epochs 0, --relax-lr 1 --finetune-lr 1 --relax-epochs 0, "
-                        "--relax-lr 1 --relax-epochs 0 --finetune-epochs 0, --num-steps 3 --adv-weight 0, "
-                        "--ramp-epochs 1 --adv-weight 0"},
+                        "--relax-lr 1 --relax-epochs 0 --finetune-epochs 0"},
     judges: {"does nothing": "--smoothing-draws 200 x.pt, --smoothing-images 9 x.pt",
              "needs --eval-step-size": "--constant-step x.pt"}}
 
