@@ -170,13 +170,13 @@ class Scores(nn.Module):
         norms = {name: norm for writers, _, _ in groups for name, norm in writers.items()}
         self.s = nn.ParameterList(first_score(m.weight.detach(), scheme) for m in self.layers.values())
         self.w = nn.ParameterList()
-        for s, (name, layer) in zip(self.s, self.layers.items()):
+        for i, (name, layer) in enumerate(self.layers.items()):
             masked, small = [layer.weight], 0.0                      # what m multiplies, and m where pruned
             if scheme == "filter":
                 norm = model.get_submodule(norms[name] or name)      # or the layer itself
                 masked = [norm.weight] if norm.bias is None else [norm.weight, norm.bias]
                 small = 1e-6 if norm is layer else 0.001
-            self.carriers += [(s, p, small) for p in masked]
+            self.carriers += [(i, p, small) for p in masked]             # i: the score's place
             self.w.extend(nn.Parameter(p.detach().clone(), requires_grad=False) for p in masked)
 
     def masks(self):
@@ -188,8 +188,8 @@ class Scores(nn.Module):
     @torch.no_grad()
     def mask_weights_(self):
         """[B] Sets what the network holds to w * m(s)."""
-        for w, (s, p, small) in zip(self.w, self.carriers):
-            p.copy_(torch.where(spread(choose_mask(s, self.ratio), p), w, small * w))
+        for w, (i, p, small) in zip(self.w, self.carriers):
+            p.copy_(torch.where(spread(choose_mask(self.s[i], self.ratio), p), w, small * w))
 
     @torch.no_grad()
     def collect_gradients_(self):
@@ -197,8 +197,8 @@ class Scores(nn.Module):
         filter, whose entries have one m, their sum."""
         for s in self.s:
             s.grad = torch.zeros_like(s)
-        for w, (s, p, _) in zip(self.w, self.carriers):
-            each = w * p.grad
+        for w, (i, p, _) in zip(self.w, self.carriers):
+            s, each = self.s[i], w * p.grad
             s.grad += s.sign() * (each if s.shape == p.shape else each.flatten(1).sum(1))
             p.grad = None
 

@@ -1232,8 +1232,8 @@ def test_hydra_gradients_of_scores_equal_their_formula(scheme, arch):
     x, y = torch.rand(5, 1, 8, 8).double(), torch.arange(5)
     F.cross_entropy(model(x), y).backward()
     scores.collect_gradients_()
-    for s in scores.s:
-        held = [carrier for carrier in scores.carriers if carrier[0] is s]
+    for i, s in enumerate(scores.s):
+        held = [carrier for carrier in scores.carriers if carrier[0] == i]
         m = hydra_prune.choose_mask(s, 3).double()
         m = (m + held[0][2] * (1 - m)).requires_grad_()          # the network, with m as a leaf
         product = {names[id(p)]: dense[names[id(p)]] * (m if m.shape == p.shape else m.view(
