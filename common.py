@@ -1230,7 +1230,7 @@ def read_file(path, own=True, **kinds):
         return content
     except FileNotFoundError:
         raise Fault(f"there is no file {path}") from None
-    except (OSError, MemoryError):                               # says nothing about the content
+    except (PermissionError, IsADirectoryError, MemoryError):    # they say nothing about the content
         raise
     except Exception as fault:                                   # unpickling can raise anything
         reason = first_line(fault) if type(fault) is ValueError else type(fault).__name__
