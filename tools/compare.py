@@ -241,7 +241,9 @@ def dense_rows(rows):
                 same, flags = both, group[1] + flags
                 groups.remove(group)
         groups.append((same, flags))
-    flags = [dict(set.intersection(*(set(f.items()) for f in group))) for _, group in groups]
+    # The run that trained a network knows for how long; those that read it do not.
+    flags = [[f for f in group if "pretrain_epochs" in f] or group for _, group in groups]
+    flags = [dict(set.intersection(*(set(f.items()) for f in group))) for group in flags]
     flags = [{k: f[k] for k in sorted(OF_DENSE & set(f))} for f in flags]
     merged = {}
     for label, (same, _) in zip(named(["dense"] * len(flags), flags), groups):
