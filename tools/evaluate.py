@@ -1,6 +1,7 @@
 """Evaluates a saved network: clean, under PGD, with sanity flags; on request by other attacks, certified.
 
-  python tools/evaluate.py runs/DIR/model.pt                     what result.json says (seed 0, its images)
+  python tools/evaluate.py runs/DIR/model.pt        what result.json says, if the run had --seed 0 and no
+      --eval-images, or these are given again
   python tools/evaluate.py runs/DIR/model.pt --losses ce --constant-step --eval-step-size 2/255  Madry's PGD
   python tools/evaluate.py runs/DIR/model.pt --source OTHER.pt   PGD examples made on another network
   python tools/evaluate.py runs/DIR/model.pt --autoattack        needs the package pyautoattack
