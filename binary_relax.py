@@ -98,6 +98,8 @@ def get_args(argv=None):
     if not ensemble:
         parser.refuse(args, "without --arch enresnet", *own)
         own = dict(width=RECIPES.get(args.dataset, CIFAR)["width"])
+    if not args.adv_weight:
+        parser.refuse(args, "without adversarial images", "step_size", "num_steps", "ramp_epochs")
     resolve(parser, args, longest_ramp=lambda args: 0 if args.pretrained else (
         args.pretrain_epochs + args.relax_epochs + args.finetune_epochs), **own)
     if not args.finetune_epochs:

@@ -1337,8 +1337,10 @@ def published_state(content, model, path):
     for name, like in model.state_dict().items():
         default = like if name.endswith("num_batches_tracked") else None
         state[name] = t = left.pop(canonical(name), default)
-        odd = f"missing (but {next(iter(left), 'nothing')} is there)" if t is None else "not finite"
-        shape = tuple(t.shape) if t is not None and t.isfinite().all() else odd
+        plain = t is not None and (t.layout, t.is_quantized, t.is_meta) == (torch.strided, False, False)
+        odd = "not finite" if plain else "no dense tensor"
+        odd = odd if t is not None else f"missing (but {next(iter(left), 'nothing')} is there)"
+        shape = tuple(t.shape) if plain and t.isfinite().all() else odd
         if shape != (wanted := tuple(like.shape)):
             raise UsageFault(f"argument --pretrained: {path}: its {name} is {shape}, wanted: {wanted}")
     for name in left:                                            # those of MadryLab's wrapper are duplicates
@@ -1380,8 +1382,11 @@ class Run:
         argv = sys.argv[1:] if argv is None else argv
         self.command = shlex.join([*LAUNCHER, f"{self.script}.py", *(a for a in argv if a != "--resume")])
         self.computed, self.seconds, self.begin = {}, {}, time.time()
-        labels = data.train[1].cpu().numpy()
-        self.of_data = [len(labels), zlib.crc32(labels.tobytes())]       # a continued run has the same
+        checksum = 0                                                 # of photos: of their labels alone
+        for part in data.train:
+            if torch.is_tensor(part):
+                checksum = zlib.crc32(part.cpu().contiguous().numpy(), checksum)
+        self.of_data = [len(data.train[1]), checksum]                # a continued run has the same
         sync(dist.barrier)                           # rank 0 may still be writing what it ran before this
         if (self.folder / "result.json").is_file():
             with fitting(self.folder / "result.json", "a run; without it --resume evaluates again"):
@@ -1425,8 +1430,8 @@ class Run:
         new = {k: v for k, v in self.flags.items() if k.startswith(("eval_", "restart", "eot"))}  # may change
         self.check_same(saved | dict(args=saved["args"] | new), "not finished; --resume continues it")
         if saved["of_data"] != self.of_data:
-            raise UsageFault(f"argument --resume: {self.folder} was begun with other training images: "
-                             f"{saved['of_data'][0]:,}, now {self.of_data[0]:,}, or other labels")
+            raise UsageFault(f"argument --resume: {self.folder} was begun with other training images or "
+                             f"labels: {saved['of_data'][0]:,}, now {self.of_data[0]:,}")
         if not 0 <= saved["epoch"] <= self.phases.get(saved["phase"], -1):
             raise Fault(f"{path} does not fit this run: epoch {saved['epoch']} of {saved['phase']}")
         if (saved["random"].get("cuda") is None) != (self.args.device == "cpu"):

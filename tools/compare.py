@@ -52,11 +52,13 @@ UNSAID = FIRST_PHASE | {                                         # flags in word
     "script", "ratio", "bits", "budget", "rank_rule", "scheme", "group_residual", "mode", "target_width",
     "scores", "objective", "method", "finetune_epochs", "admm_lr", "prune_lr", "relax_lr", "finetune_lr",
     "admm_rise", "step_size", "amp"}
-OF_DENSE = {                                                     # flags that a dense network depends on
-    "script", "dataset", "arch", "width", "mean", "std", "train_images", "pretrain_epochs", "batch_size",
-    "lr", "amp", "momentum", "weight_decay", "epsilon", "step_size", "num_steps", "ramp_epochs", "objective",
-    "beta", "sigma", "final_share", "mix_images", "adv_weight", "nat_weight", "noise", "eval_images",
-    "eval_steps", "eval_step_size", "restarts", "loss"}
+OF_TRAINING = {                                                  # flags of the run that trained a network
+    "script", "train_images", "pretrain_epochs", "batch_size", "lr", "amp", "momentum", "weight_decay",
+    "step_size", "num_steps", "ramp_epochs", "objective", "beta", "sigma", "final_share", "mix_images",
+    "adv_weight", "nat_weight"}
+OF_DENSE = OF_TRAINING | {                                       # ... and of any that started from it
+    "dataset", "arch", "width", "mean", "std", "epsilon", "noise", "eval_images", "eval_steps",
+    "eval_step_size", "restarts", "loss"}
 
 
 def get_args(argv=None):
@@ -111,7 +113,7 @@ def read_run(folder, base):
     for row, name in (run, "evaluate-autoattack.json"), (run["dense"], "evaluate-autoattack-dense.json"):
         read_autoattack(base / folder / name, run, row)
     for row in run, run["dense"]:                                # what is damaged fails here, not in a table
-        "".join([run["command"], *method_of(run), *(cell(column, "", [row]) for column in COLUMNS)])
+        "".join([run["command"], *labels_of([[run]]), *(cell(column, "", [row]) for column in COLUMNS)])
         mean([row["clean_acc"], row["robust_acc"], row["bytes"], row["bytes_ratio"], *row["robust_ci"]])
     return run
 
@@ -224,8 +226,8 @@ def joined(networks, more):
 
 
 def dense_rows(rows):
-    """{label: dense networks} that the rows started from. If these differ, the label says in which flags; if
-    two of one seed differ in no flag, it names the run that they are of."""
+    """{label: dense networks} that the rows started from. If these differ, the label says in which flags, or
+    names a run that started from them if none here trained them or two of one seed differ in no flag."""
     groups = []                                                  # of rows that share networks, one a seed
     for runs in rows:
         if runs[0]["args"].get("mode") == "scratch":             # there the network is its own dense one
@@ -241,14 +243,16 @@ def dense_rows(rows):
                 same, flags = both, group[1] + flags
                 groups.remove(group)
         groups.append((same, flags))
-    # The run that trained a network knows for how long; those that read it do not.
-    flags = [[f for f in group if "pretrain_epochs" in f] or group for _, group in groups]
-    flags = [dict(set.intersection(*(set(f.items()) for f in group))) for group in flags]
-    flags = [{k: f[k] for k in sorted(OF_DENSE & set(f))} for f in flags]
+    trained = [[f for f in group if "pretrain_epochs" in f and f.get("mode") != "ticket"]
+               for _, group in groups]
+    flags = [dict(set.intersection(*(set(f.items()) for f in by or group)))
+             for by, (_, group) in zip(trained, groups)]
+    flags = [{k: f[k] for k in sorted((OF_DENSE if by else OF_DENSE - OF_TRAINING) & set(f))}
+             for by, f in zip(trained, flags)]
     merged = {}
-    for label, (same, _) in zip(named(["dense"] * len(flags), flags), groups):
+    for label, by, (same, _) in zip(named(["dense"] * len(flags), flags), trained, groups):
         seeds = {run["args"]["seed"] for key, run in merged.get(label, {}).items() if key not in same}
-        if seeds & {run["args"]["seed"] for run in same.values()}:
+        if not by and len(groups) > 1 or seeds & {run["args"]["seed"] for run in same.values()}:
             label += f", of {next(iter(same.values()))['of']}"
         merged[label] = same | merged.get(label, {})
     return {label: list(same.values()) for label, same in merged.items()}

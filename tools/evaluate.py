@@ -20,7 +20,7 @@ from statistics import NormalDist
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import (LOSSES, Fault, Parser, UsageFault, balanced, batched, check_device, cli,  # noqa: E402
+from common import (LOSSES, Parser, UsageFault, balanced, batched, check_device, cli,  # noqa: E402
                     evaluate, evaluating, evaluation_batch, fraction_correct, interval, is_random, load_data,
                     logits_of, number, per_cent, pgd, progress, radius, read_model, sanity_flags, to_float,
                     whole)
@@ -41,8 +41,8 @@ def get_args(argv=None):
     parser.add_argument("--eval-steps", type=whole(1, 10000))
     parser.add_argument("--restarts", type=whole(1, 1000))
     parser.add_argument("--eot", type=whole(1, 1000), help="passes a gradient, with noise (default: 10)")
-    parser.add_argument("--losses", choices=LOSSES, nargs="+", default=["ce", "margin"],
-                        help="of the restarts, in turn; margin: Carlini and Wagner's, in l_inf")
+    parser.add_argument("--losses", choices=LOSSES, nargs="+",
+                        help="of the restarts, in turn (default: both); margin: Carlini and Wagner's, in l_inf")
     parser.add_argument("--source", help="another saved network, whose PGD examples are tried too")
     parser.add_argument("--autoattack", action="store_true", help="needs the package pyautoattack")
     parser.add_argument("--smoothing", type=number(1e-6, 100), help="sigma of the noise to certify with")
@@ -75,7 +75,7 @@ def transfer(model, source, images, *, epsilon, step_size, num_steps, anneal=Tru
 
 def autoattack(model, images, *, epsilon, seed=0):
     """Accuracy in per cent under AutoAttack (Croce and Hein 2020; optional pyautoattack), and its version.
-    It targets 9 classes an image, or all others; Fault below the four classes that it needs."""
+    It targets 9 classes an image, or all others; it needs four classes or more."""
     from pyautoattack import AutoAttack
     with evaluating(model, seed=seed):
         x, y = to_float(images[0]).contiguous(), images[1]       # its gradients may not be channels last
@@ -83,8 +83,6 @@ def autoattack(model, images, *, epsilon, seed=0):
         version = "rand" if is_random(model, images[0]) else "standard"
         judge = AutoAttack(model, eps=epsilon, norm="Linf", version=version, seed=seed, device=x.device)
         classes = logits_of(model, x[:1]).shape[1]
-        if classes < 4:
-            raise Fault(f"AutoAttack needs four classes or more, and this network has {classes}")
         judge.apgd_targeted.n_target_classes = judge.fab.n_target_classes = min(9, classes - 1)
         with torch.enable_grad():
             x_adv, found = judge.run_standard_evaluation(x, y, batch_size=evaluation_batch(x))
@@ -159,9 +157,15 @@ def main(argv=None):
     for key, value in stored.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
+    if args.losses and args.restarts < len(args.losses):
+        raise UsageFault(f"argument --losses: {len(args.losses)} need as many --restarts")
+    args.losses = args.losses or [*LOSSES]
     args.device = check_device(args.device)
     data = load_data(args)
     check_fit(artifact, "--dataset", args, data)
+    if args.autoattack and len(data.classes) < 4:
+        raise UsageFault("argument --autoattack: needs four classes or more, and "
+                         f"{args.dataset} has {len(data.classes)}")
     model.to(args.device, memory_format=torch.channels_last)
     if args.source:
         other, source = read_model(args.source)
