@@ -1338,8 +1338,8 @@ def published_state(content, model, path):
         default = like if name.endswith("num_batches_tracked") else None
         state[name] = t = left.pop(canonical(name), default)
         plain = t is not None and (t.layout, t.is_quantized, t.is_meta) == (torch.strided, False, False)
-        odd = "not finite" if plain else "no dense tensor"
-        odd = odd if t is not None else f"missing (but {next(iter(left), 'nothing')} is there)"
+        odd = (f"missing (but {next(iter(left), 'nothing')} is there)" if t is None else
+               "not finite" if plain else "no dense tensor")
         shape = tuple(t.shape) if plain and t.isfinite().all() else odd
         if shape != (wanted := tuple(like.shape)):
             raise UsageFault(f"argument --pretrained: {path}: its {name} is {shape}, wanted: {wanted}")

@@ -2704,6 +2704,8 @@ def test_compare_names_rows_as_a_person_does(finished, tmp_path, capsys, monkeyp
     write_run("third", result, args=dict(ratio=9.0, lr=0.3, pretrained="x.pt"), dense=dict(clean_acc=1.0))
     assert labels("run0", "third") == {                          # 0.3 is not the rate that trained x.pt
         f"{same}, lr={args['lr']:g}", "low rank, 9x, ADMM, lr=0.3", "dense", "dense, of third"}
+    write_run("third", result, args=dict(ratio=9.0, lr=0.3, mode="ticket"), dense=dict(clean_acc=1.0))
+    assert "dense, of third" in labels("run0", "third")          # nor here: a ticket's is a copy
     lwm = result | dict(script="hydra_prune", args=hydra | dict(scores="lwm"))
     for run, seed in ((result, 0), (result, 1), (lwm, 1), (lwm, 2)):                 # of three networks
         write_run(f"seed{seed}-{run['script']}", run, args=dict(seed=seed), dense=dict(clean_acc=50.0 + seed))

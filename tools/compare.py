@@ -232,7 +232,10 @@ def dense_rows(rows):
     for runs in rows:
         if runs[0]["args"].get("mode") == "scratch":             # there the network is its own dense one
             continue
-        same, flags = {}, [flags_of(runs[0])]
+        flags = flags_of(runs[0])
+        trained = "pretrain_epochs" in flags and flags.get("mode") != "ticket"
+        known = OF_DENSE if trained else OF_DENSE - OF_TRAINING
+        same, flags = {}, [{k: flags[k] for k in sorted(known & set(flags))}]
         for run in runs:
             known_by = [run["dense"].get(k) for k in ("clean_acc", "robust_acc", "verified_acc")]
             same = joined(same, {json.dumps([run["dense_parameters"], *known_by]): run["dense"]})
@@ -243,16 +246,13 @@ def dense_rows(rows):
                 same, flags = both, group[1] + flags
                 groups.remove(group)
         groups.append((same, flags))
-    trained = [[f for f in group if "pretrain_epochs" in f and f.get("mode") != "ticket"]
-               for _, group in groups]
-    flags = [dict(set.intersection(*(set(f.items()) for f in by or group)))
-             for by, (_, group) in zip(trained, groups)]
-    flags = [{k: f[k] for k in sorted((OF_DENSE if by else OF_DENSE - OF_TRAINING) & set(f))}
-             for by, f in zip(trained, flags)]
+    flags = [{k: f[k] for f in group for k in f if len({g[k] for g in group if k in g}) == 1}
+             for _, group in groups]                                 # what no two runs contradict
     merged = {}
-    for label, by, (same, _) in zip(named(["dense"] * len(flags), flags), trained, groups):
+    for label, own, (same, _) in zip(named(["dense"] * len(flags), flags), flags, groups):
         seeds = {run["args"]["seed"] for key, run in merged.get(label, {}).items() if key not in same}
-        if not by and len(groups) > 1 or seeds & {run["args"]["seed"] for run in same.values()}:
+        twice = seeds & {run["args"]["seed"] for run in same.values()}
+        if twice or len(groups) > 1 and "pretrain_epochs" not in own:
             label += f", of {next(iter(same.values()))['of']}"
         merged[label] = same | merged.get(label, {})
     return {label: list(same.values()) for label, same in merged.items()}

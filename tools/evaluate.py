@@ -42,7 +42,7 @@ def get_args(argv=None):
     parser.add_argument("--restarts", type=whole(1, 1000))
     parser.add_argument("--eot", type=whole(1, 1000), help="passes a gradient, with noise (default: 10)")
     parser.add_argument("--losses", choices=LOSSES, nargs="+",
-                        help="of the restarts, in turn (default: both); margin: Carlini and Wagner's, in l_inf")
+                        help="of the restarts, in turn (default: both); margin is Carlini and Wagner's")
     parser.add_argument("--source", help="another saved network, whose PGD examples are tried too")
     parser.add_argument("--autoattack", action="store_true", help="needs the package pyautoattack")
     parser.add_argument("--smoothing", type=number(1e-6, 100), help="sigma of the noise to certify with")
