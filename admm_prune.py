@@ -17,11 +17,13 @@ and let ADMM pull the weights towards sparse ones, so that the final cut costs l
        which filters stay depends on the weights alone, as in the paper: Z is then not the nearest point
 C: input channels, k: kernel; a column of the matrix (filters, C k k) is a position (c, i, j) in all filters.
 The baselines of --mode have as many epochs: post cuts the dense network at once (appendix A); scratch trains
-a network of --target-width; ticket trains the filters (or weights) that ADMM kept from their initial values.
+a network of --target-width; ticket trains the filters, columns or weights that ADMM kept from their initial
+values.
 
 Sources
 * The paper: [A] to [E], and that every layer is pruned alike. It prints [F] as U + rho (W - Z), which does
-  not agree with its (8) and (10); its code has this form. The paper's theta is W, its rho 1e-3.
+  not agree with its (8) and (10); its code has this form. In its (2) the gradient is at x, where the iterate
+  is meant; its Algorithm 1 has, taken literally, one batch an iteration. Its theta is W, its rho 1e-3.
 * Its code (yeshaokai/Robustness-Aware-Pruning-ADMM): [E]'s interval in epochs, [G], and that the classifier
   stays whole (in its example for a robust LeNet the hidden linear layer too). What differs there: examples
   multiply rho by 1.3 at each update and leave U as it is (here U shrinks as rho grows); U keeps an autograd
@@ -154,7 +156,7 @@ def importance(w, scheme):
     matrix = w.detach().double().flatten(1)                          # (S, C k k)
     if scheme == "irregular":
         return matrix.abs().flatten()
-    return matrix.norm(dim=1 if scheme == "filter" else 0)
+    return matrix.norm(dim={"filter": 1, "column": 0}[scheme])
 
 
 def choose_masks(weights, scheme, ratio, tied=()):
@@ -288,8 +290,8 @@ def main(argv=None):
     run = Run(args, data, __file__, phases, argv)
     if run.result:
         return run.result
-    to_keep = {} if args.pretrained or args.mode != "admm" else model.state_dict()
-    initial = run.compute_once("initial", lambda: {name: t.clone() for name, t in to_keep.items()})
+    has_ticket = args.mode == "admm" and not args.pretrained
+    initial = run.compute_once("initial", lambda: dict(model.state_dict()) if has_ticket else {})
     model = prepare(model, args)
     layers = prunable(model)
 
@@ -323,7 +325,6 @@ def main(argv=None):
         run.log(epoch=epoch + 1, **fields)
     if admm.residuals and admm.residuals[-1] > min(0.25, 1.1 * min(admm.residuals)):     # large, or rising
         run.log(note="ADMM did not converge (see the residual); more --admm-epochs or another --rho may help")
-
     residual = run.compute_once("residual", lambda: (admm.residuals or [None])[-1])
 
     # Phase 3: the cut, and fine-tuning of what is left.
@@ -332,10 +333,8 @@ def main(argv=None):
             return ticket["masks"]
         masks = {name: mask.cpu() for name, mask in choose(admm.weights).items()}
         if initial:
-            first = build_network(**network)
-            first.load_state_dict(initial)
-            save_model(run.folder / "ticket.pt", run.script, "ticket", network, first, args, masks=masks,
-                       scheme=args.scheme, ratio=args.ratio)
+            save_model(run.folder / "ticket.pt", run.script, "ticket", network, model, args, initial,
+                       masks=masks, scheme=args.scheme, ratio=args.ratio)
         return masks
     masks = {n: m.to(args.device) for n, m in run.compute_once("masks", choose_and_save_ticket).items()}
     if ticket:
@@ -348,9 +347,8 @@ def main(argv=None):
     model, masks = prepare(model, args), {name: mask for name, mask in masks.items() if not mask.all()}
     optimizer, schedule = make_optimizer(model, args.finetune_lr, phases["finetune"], data, args)
     for epoch in run.epochs("finetune", model=model, optimizer=optimizer, schedule=schedule):
-        strength = ramp(epoch, args.ramp_epochs) if ticket else 1.0
-        fields = train_epoch(model, run.batches(), optimizer, schedule, args, masks=masks, strength=strength)
-        run.log(epoch=epoch + 1, **fields)
+        run.log(epoch=epoch + 1, **train_epoch(model, run.batches(), optimizer, schedule, args, masks=masks,
+                                               strength=ramp(epoch, args.ramp_epochs) if ticket else 1.0))
     save_model(run.folder / "model.pt", run.script, "compact", network, model, args)
     return run.finish(kept=kept, rho=rho if phases["admm"] else None, residual=residual)
 

@@ -45,10 +45,10 @@ In an EnResNet only channels between the two convolutions of a block can be remo
   python binary_relax.py --depth 56 --bits 4           CIFAR-10, En1ResNet56, for a GPU
   python binary_relax.py --depth 56 --bits 4 --pretrain-epochs 0 --relax-epochs 120 --finetune-epochs 80
       --relax-lr 0.1 --finetune-lr 0.001 --batch-size 128 --epsilon 0.031 --step-size 0.007
-The last has the authors' length, attack, and rates at the start and after the switch. Their README, channel
-sparsity by (9) (bits not said): En1ResNet56 on CIFAR-10 33.18 %, En2ResNet56 on CIFAR-100 43.94 % and on SVHN
-49.03 %, En1ResNet110 on CIFAR-100 23.93 %. No accuracy of theirs is known to us. What we measured is in
-results/README.md.
+The last has the authors' length and attack, and as peaks their rates before and after the switch. Their
+README, channel sparsity by (9) (bits not said): En1ResNet56 on CIFAR-10 33.18 %, En2ResNet56 on CIFAR-100
+43.94 % and on SVHN 49.03 %, En1ResNet110 on CIFAR-100 23.93 %. No accuracy of theirs is known to us. What we
+measured is in results/README.md.
 """
 import contextlib
 import math

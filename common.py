@@ -1,5 +1,5 @@
-"""What the four scripts share; nothing here belongs to one paper. They import this file, which knows none of
-them and is never run. A network maps images in [0, 1], (N, C, H, W), to logits.
+"""What the four scripts share. They import this file, which imports a script only to rebuild a network that
+it saved, and is never run. A network maps images in [0, 1], (N, C, H, W), to logits.
 
 From top to bottom: faults and flags, several processes, data (load_data), networks (build_network), smaller
 networks, training, the attack (pgd), evaluation (evaluate, sanity_flags), files (load_model), the run (Run).
@@ -55,7 +55,7 @@ RECIPES = {
     "cifar10": CIFAR, "cifar100": CIFAR, "svhn": CIFAR | dict(lr=0.1),
     "imagenet": CIFAR | dict(arch="imagenet_resnet18", lr=0.1, weight_decay=1e-4, epsilon=4 / 255,
                              num_steps=3)}
-FORMAT = 2                                                       # of all files; 1: other bit maps
+FORMAT = 2                                                       # of all files; raised when these change
 PHOTO = 224                                                      # networks get photos of 224 x 224 pixels
 CLEAR = "\r\033[K"                                               # wipes progress()'s line off the terminal
 LAUNCHER = ["python"] if not dist.is_torchelastic_launched() else [
@@ -81,13 +81,14 @@ def check_finite(what, *tensors):
 def first_line(fault):
     """The message's first line, or the error's type; without the position in a C++ file that torch prints."""
     text = str(fault).strip().replace(":\n\t", ": ", 1)           # load_state_dict gives reasons in line 2
-    return re.sub(r"^.*\.cpp:\d+, ", "", text.partition("\n")[0])[:300] or type(fault).__name__
+    text = re.sub(r"^(.*\.cpp:\d+, |\[[^]]*\.cc:\d+\][ .]*)", "", text.partition("\n")[0])
+    return text[:300] or type(fault).__name__
 
 
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, whose errors are one line."""
     def __init__(self, description, **more):
-        super().__init__(description=description.strip().splitlines()[0], allow_abbrev=False,
+        super().__init__(description=(description or "").strip().partition("\n")[0], allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter, **more)
 
     def error(self, message):
@@ -172,8 +173,8 @@ def resolve(parser, args, longest_ramp=lambda args: args.pretrain_epochs, **defa
     longest_ramp(args): the epochs that --ramp-epochs may fill."""
     if args.dataset not in RECIPES and args.epsilon is None:
         parser.error(f"argument --dataset: {args.dataset}, none of {', '.join(RECIPES)}, needs --epsilon")
-    if args.pretrained == "":                                        # an unset variable of a shell
-        parser.error("argument --pretrained: names no file")
+    if "" in (args.pretrained, args.output):                         # an unset variable of a shell
+        parser.error("argument --pretrained or --output: names no file or folder")
     if args.pretrained and args.pretrain_epochs:
         parser.error("argument --pretrain-epochs: not with --pretrained, which skips that phase")
     args.pretrain_epochs = 0 if args.pretrained else args.pretrain_epochs
@@ -224,8 +225,8 @@ def progress(items, label, total, later=0):
     begin, terminal = time.time(), sys.stderr.isatty() and rank() == 0
     for i, item in enumerate(items):
         if terminal:
-            rest = int((time.time() - begin) / max(1, i) * (total + later - i))
-            to_go = f", {rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02} to go" if i else ""
+            rest = timedelta(seconds=int((time.time() - begin) / max(1, i) * (total + later - i)))
+            to_go = f", {rest} to go" if i else ""
             print(f"{CLEAR}{label}: {i + 1}/{total}{to_go}", end="", file=sys.stderr, flush=True)
         yield item
     print(CLEAR if terminal else "", end="", file=sys.stderr, flush=True)
@@ -240,6 +241,7 @@ def cli(main):
     try:
         try:
             main()
+            sys.stdout.flush()
         finally:                                                     # torchrun stops the rest once one ends
             if dist.is_initialized():
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -499,13 +501,13 @@ def read_folders(root, workers, allow_photos):
 
 def read_image(path):
     """An image file as uint8 (H, W, 3), and whether it is grey; Fault unless it has 8 bits a channel."""
-    from PIL import Image
     path = os.fsdecode(path)
     try:
+        from PIL import Image
         with Image.open(path) as image:
             if image.mode[0] in "IF":
                 raise ValueError(f"its mode is {image.mode}, not 8 bits a channel")
-            return np.array(image.convert("RGB")), image.mode in ("L", "1")
+            return np.array(image.convert("RGB")), image.mode in ("L", "LA", "1")
     except Exception as fault:                                   # a damaged file can raise anything
         reason = first_line(fault).replace(f" {path!r}", "")
         raise Fault(f"{path} cannot be read as an image ({reason})") from None
@@ -835,8 +837,8 @@ def prepare(model, args, tf32=True):
 
 
 def make_optimizer(model, lr, epochs, data, args, adam=False, undecayed=(), rise=0.2):
-    """SGD with Nesterov momentum, or Adam, and its schedule: up to lr in a share `rise` of the steps, then
-    down to 0."""
+    """SGD with Nesterov momentum, or Adam, and its schedule: from lr / 25 up to lr in a share `rise` of the
+    steps, then down to 0."""
     groups = [dict(params=[*model.parameters()], weight_decay=args.weight_decay), dict(params=[*undecayed])]
     optimizer = torch.optim.Adam(groups, lr) if adam else torch.optim.SGD(
         groups, lr, args.momentum, nesterov=args.momentum > 0, fused=True)
@@ -894,6 +896,8 @@ def pgd(model, x, y, epsilon, step_size, num_steps, *, loss="ce", random_start=T
     misclassified iterate, at which it leaves the batch. Fault on pixels outside [0, 1] and on gradients that
     are not finite; on a GPU without broken_at, which waits for no check, such pixels end the process and such
     gradients make x_adv NaN."""
+    if not 0 <= epsilon <= 1:
+        raise Fault(f"epsilon is {epsilon}, and pixels are in [0, 1]: write 8 / 255, not 8")
     fits, message = ((x >= 0) & (x <= 1)).all(), "a pixel is not in [0, 1], as attacks and networks want it"
     if x.device.type == "cuda" and broken_at is None:
         torch._assert_async(fits, message)                       # ends the process, and nothing waits for it
@@ -951,8 +955,9 @@ def per_cent(correct):
 @contextlib.contextmanager
 def exact_float32(benchmark=False):
     """Inside, float32 products have all digits (no TF32, no bfloat16), and convolutions are deterministic or,
-    with `benchmark`, the fastest. Sets torch's old flags, which torch.export reads, and its new ones, which
-    have their values again afterwards, but follow torch.backends.fp32_precision no longer."""
+    with `benchmark`, the fastest. torch has an old flag (torch.export reads it) and a new one for each and
+    raises where they contradict: both are set. Afterwards all have their values again, but no longer follow
+    torch.backends.fp32_precision."""
     def readable(flag, default):                 # torch refuses to read old flags that new ones contradict
         try:
             return flag()
@@ -997,6 +1002,8 @@ def evaluating(*models, seed=0):
 def logits_of(model, x):
     """The logits of one batch; Fault if one is not finite, because the argmax of NaN looks like a class."""
     logits = model(x)
+    if not torch.is_tensor(logits) or logits.dim() != 2:
+        raise Fault("a network is to give logits, a tensor (N, classes)")
     if not logits.isfinite().all():
         raise Fault("the network's logits are not finite: no accuracy can be reported")
     return logits
@@ -1089,9 +1096,11 @@ def evaluate(model, images, *, epsilon, step_size, num_steps, restarts=4, losses
              random_start=True, anneal=True, eot=10, seed=0, extra_metrics=None):
     """Clean and robust accuracy in per cent over images = (uint8 (N, C, H, W), labels (N,)), in float32.
     An image is robust if its clean form and every iterate of every restart are classified right; restarts
-    take the losses in turn; with `anneal` step_size is the first step only, and epsilon is best. A random
-    network gets gradients averaged over `eot` passes and noisy_verdicts().
+    take the losses in turn; with `anneal` step_size is that of the first step (the scripts': epsilon).
+    A random network gets gradients averaged over `eot` passes and noisy_verdicts().
     Returns accuracies, 95 % intervals, images, attack, and what extra_metrics(model, robust (N,)) adds."""
+    if restarts < 1 or not losses or isinstance(losses, str):
+        raise Fault(f"an attack needs a restart and a list of losses, not {restarts} and {losses!r}")
     attack = dict(epsilon=epsilon, step_size=step_size, num_steps=num_steps, restarts=restarts,
                   losses=list(losses)[:restarts], random_start=random_start, anneal=anneal)
     with evaluating(model, seed=seed) as generator:
@@ -1175,6 +1184,8 @@ def latency(models, network, batch_size, device):
 
 def peak_memory():
     """The most bytes of main memory that this process held; None where the system does not tell."""
+    with contextlib.suppress(OSError, TypeError):        # getrusage() may tell of the one that started this
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
     with contextlib.suppress(ImportError):
         import resource
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -1404,7 +1415,7 @@ class Run:
         if self.saved:
             print(f"continuing {self.folder} after epoch {self.saved['epoch']} of {self.saved['phase']}")
             if changed:
-                self.log(note="continued with other flags of the evaluation", **changed)
+                self.log(note="continued with others of these than it had", **changed)
         else:
             if args.resume:
                 print(f"nothing to continue in {self.folder}, so this begins")
@@ -1419,14 +1430,14 @@ class Run:
             raise UsageFault(f"argument --output: {self.folder} holds this run, {state}")
 
     def read_checkpoint(self):
-        """Reads last.pt, if there is one, and returns the evaluation flags that have changed."""
+        """Reads last.pt, if there is one; returns the evaluation flags and processes, where they changed."""
         path, log = self.folder / "last.pt", self.folder / "log.jsonl"
         if not path.is_file():
             if [*self.folder.glob("*.pt")] or log.is_file() and log.read_bytes().count(b"\n") > 1:
                 raise UsageFault(f"argument --output: {self.folder} holds a run, but no last.pt to continue")
             return {}
         saved = read_file(path, script=str, args=dict, phase=str, epoch=int, states=dict, computed=dict,
-                          seconds=dict, random=dict, log_size=int, of_data=list)
+                          seconds=dict, random=dict, log_size=int, of_data=list, processes=int)
         new = {k: v for k, v in self.flags.items() if k.startswith(("eval_", "restart", "eot"))}  # may change
         self.check_same(saved | dict(args=saved["args"] | new), "not finished; --resume continues it")
         if saved["of_data"] != self.of_data:
@@ -1437,7 +1448,8 @@ class Run:
         if (saved["random"].get("cuda") is None) != (self.args.device == "cpu"):
             raise UsageFault(f"argument --device: {self.folder} was not begun on {self.args.device}")
         self.saved, self.computed, self.seconds = saved, saved["computed"], saved["seconds"]
-        return {k: v for k, v in new.items() if str(saved["args"].get(k)) != str(v)}
+        now, then = new | dict(processes=world()), saved["args"] | dict(processes=saved["processes"])
+        return {k: v for k, v in now.items() if str(then.get(k)) != str(v)}
 
     def open_log(self):
         """log.jsonl, cut where the checkpoint ends and locked against other processes."""
@@ -1462,8 +1474,8 @@ class Run:
         if self.phase:
             fields = {"phase": self.phase, **fields, "seconds": round(time.time() - self.begin, 2)}
         shown = (f"{k}:{v:.5g}" if isinstance(v, float) else f"{k}:{v}" for k, v in fields.items())
-        print(*shown, flush=True)
         print(json.dumps(fields), file=self.file, flush=True)
+        print(*shown, flush=True)
 
     def compute_once(self, name, compute):
         """A copy, on the CPU, of compute()'s plain values and tensors, which checkpoints keep. It is called
@@ -1516,7 +1528,7 @@ class Run:
             script=self.script, args=self.flags, phase=self.phase, epoch=epoch, computed=self.computed,
             states={name: thing.state_dict() for name, thing in stateful.items()}, seconds=self.seconds,
             random=dict(batches=self.generator.get_state(), cpu=torch.get_rng_state(), cuda=cuda),
-            log_size=self.file.tell(), of_data=self.of_data))
+            log_size=self.file.tell(), of_data=self.of_data, processes=world()))
 
     def batches(self):
         """One epoch's training batches, inside epochs(); the time to go is shown for all training."""
@@ -1530,6 +1542,7 @@ class Run:
     def finish(self, extra_metrics=None, **more):
         """Reads dense.pt and model.pt back from disk, evaluates both, writes and returns result.json."""
         self.phase, args, device = "final", self.args, self.args.device
+        json.dumps(more)                                         # a fork's TypeError comes before evaluation
         attack = dict(epsilon=args.epsilon, step_size=args.eval_step_size, num_steps=args.eval_steps,
                       seed=args.seed, eot=getattr(args, "eot", None) or 10)
         files = [self.folder / "dense.pt", self.folder / "model.pt"]
@@ -1541,8 +1554,8 @@ class Run:
         network, flags = artifact["network"], sanity_flags(compact, self.data.test, **attack)
         size, macs = [file.stat().st_size for file in files], [count_macs(m, network) for m in models]
         count = [sum(p.numel() for p in m.parameters()) for m in models]
-        seconds = self.seconds | {"final": time.time() - self.begin}
         spent = by_rank_0(lambda: {f"batch_{b}": latency(models, network, b, device) for b in (1, 128)})
+        seconds = self.seconds | {"final": time.time() - self.begin}
         self.result = dict(script=self.script, command=self.command, args=self.flags,
             versions=dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__),
             device="cpu" if device == "cpu" else torch.cuda.get_device_name(device), processes=world(),
@@ -1555,12 +1568,13 @@ class Run:
             latency_ms={b: dict(zip(("dense", "compact"), pair)) for b, pair in spent.items()},
             memory_bytes=peak_memory(), **more,
             gpu_memory_bytes=None if device == "cpu" else torch.cuda.max_memory_allocated(device))
+        if rank() == 0:                                          # first the file: a closed stdout ends a run
+            (self.folder / "result.json.tmp").write_text(json.dumps(self.result, indent=1) + "\n")
+            os.replace(self.folder / "result.json.tmp", self.folder / "result.json")
         row = "clean_acc robust_acc verified_acc images params_ratio bytes_ratio bytes dense_bytes macs_ratio"
         self.log(**{k: self.result[k] for k in row.split() if k in self.result},
                  dense_clean_acc=found[0]["clean_acc"], dense_robust_acc=found[0]["robust_acc"],
                  flags="; ".join(flags) or "none")
-        if rank() == 0:
-            (self.folder / "result.json.tmp").write_text(json.dumps(self.result, indent=1) + "\n")
-            os.replace(self.folder / "result.json.tmp", self.folder / "result.json")
+        self.file.close()
         Run.active = None
         return self.result

@@ -15,7 +15,7 @@ weights towards that form while they train on adversarial images, so that the fi
   [F]  Z <- project(W + U)          after every epoch: truncated HOSVD, --hooi N sweeps on top
   [G]  U <- U + W - Z               then: scaled dual; at first U = 0, Z = project(W)
   [H]  W <- project(W), factorised into 1x1 - kxk - 1x1; batch norm's statistics are estimated anew, on
-       clean images, and with these on attacked ones; then fine-tuned like [A], the factors being free
+       attacked images (the attack sees those of clean ones); then fine-tuned like [A], the factors being free
 S, C, k: output and input channels, kernel. A 1x1 kernel or linear layer is a matrix: two factors, one rank.
 
 Sources
@@ -31,10 +31,10 @@ Sources
 
   python cstar.py --dataset digits                     one or two minutes of a CPU core, offline
   python cstar.py --arch resnet18 --ratio 16           CIFAR-10 at full width, for a GPU (not run there)
-The second with one attack step and 10 + 3 + 5 epochs took 153 minutes and 5.6 GB on two CPU cores: clean /
-robust % dense (44.7 MB) 76.0 / 38.3, compact (2.8 MB) 74.9 / 37.5 (results/README.md). By its abstract CSTAR
-leads robust structured pruning, ResNet-18, by up to +20.07 / +11.91 (CIFAR-10, ratio not given) and by +8.58
-/ +4.27 (ImageNet, ratio 16).
+The second with --num-steps 1 --step-size 10/255 --batch-size 128 and 10 + 3 + 5 epochs took 153 minutes and
+5.6 GB on two CPU cores: clean / robust % dense (44.7 MB) 76.0 / 38.3, compact (2.8 MB) 74.9 / 37.5
+(results/README.md). By its abstract CSTAR leads robust structured pruning, ResNet-18, by up to +20.07 /
++11.91 (CIFAR-10, ratio not given) and by +8.58 / +4.27 (ImageNet, ratio 16).
 """
 import copy
 import math
@@ -43,9 +43,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import (Run, UsageFault, autocast, build_network, by_rank_0, check_finite, cli, evaluating,
-                    load_data, load_pretrained, make_optimizer, network_of, number, pgd, prepare, ramp, rate,
-                    reestimate_batchnorm_, resolve, save_model, script_parser, whole)
+from common import (Run, UsageFault, autocast, build_network, by_rank_0, check_finite, cli, count_macs,
+                    evaluating, load_data, load_pretrained, make_optimizer, network_of, number, pgd, prepare,
+                    ramp, rate, reestimate_batchnorm_, resolve, save_model, script_parser, whole)
 
 FLOOR = 0.03                                                     # [D]: the share of a full rank given first
 
@@ -107,16 +107,17 @@ def tucker2(w, rank, hooi=0):
 
 
 def project(w, rank, hooi=0):
-    """[F] w cut to that rank by tucker2(): at most twice the least squared error."""
+    """[F] w cut to that rank by tucker2(), with at most twice the least possible squared error."""
     *core, a, b = tucker2(w, rank, hooi)
     product = torch.einsum("oixy,so,ci->scxy", *core, a, b) if core else a @ b.T
     return product.view_as(w).to(w.dtype)
 
 
 def factorisable(model):
-    """{name: layer} to be factorised: all convolutions and linear layers but the first and the classifier."""
+    """{name: layer} to be factorised: of linear layers and convolutions without groups all but two, the first
+    and the last."""
     layers = [(name, m) for name, m in model.named_modules()
-              if isinstance(m, (nn.Conv2d, nn.Linear)) and getattr(m, "groups", 1) == 1]
+              if type(m) in (nn.Conv2d, nn.Linear) and getattr(m, "groups", 1) == 1]     # attention's differ
     return dict(layers[1:-1])
 
 
@@ -143,14 +144,14 @@ def positions(model, network):
     return {name: places[m] for name, m in model.named_modules() if m in places}
 
 
-def budget_of(model, ratio, places=None):
+def budget_of(model, ratio, places=None, macs=0):
     """[D] floor(total / ratio) less the cost of what is not factorised; UsageFault if even ranks 1 cost more.
-    Costs are parameters or, given positions(), multiply-accumulates."""
-    total = sum(p.numel() for p in model.parameters())
-    if places:
-        total = sum(cost(model.get_submodule(n).weight.shape, None, place) for n, place in places.items())
+    Costs are parameters or, given positions() and count_macs(), multiply-accumulates."""
+    total, layers = macs or sum(p.numel() for p in model.parameters()), factorisable(model)
+    if not layers:
+        raise UsageFault("argument --arch: nothing can be factorised between its first layer and its last")
     costs = [[cost(m.weight.shape, rank, places[name] if places else (1, 1)) for rank in (None, (1, 1))]
-             for name, m in factorisable(model).items()]             # (dense, at ranks 1)
+             for name, m in layers.items()]                          # (dense, at ranks 1)
     fixed = total - sum(dense for dense, _ in costs)
     least = fixed + sum(map(min, costs))
     if total // ratio < least:
@@ -236,7 +237,7 @@ def choose_ranks(weights, budget, rule="hull", places=None):
         return (size, rank) if size < dense else (dense, None)
     states = {name: state(name, (1,) * len(full_rank(w))) for name, w in weights.items()}
     spare = budget - sum(size for size, _ in states.values())
-    for name, rank in rank_path(weights, places, 1.0 if rule == "uniform" else FLOOR):
+    for name, rank in rank_path(weights, places, {"uniform": 1.0, "hull": FLOOR}[rule]):
         step = state(name, rank)
         spare -= step[0] - states[name][0]
         if spare < 0:
@@ -349,8 +350,9 @@ def main(argv=None):
     data = load_data(args)
     network = network_of(args, data)
     model = build_network(**network)
-    places = positions(model, network) if args.budget == "macs" else None
-    budget = budget_of(model, args.ratio, places)
+    by_macs = args.budget == "macs"
+    places, macs = (positions(model, network), count_macs(model, network)) if by_macs else (None, 0)
+    budget = budget_of(model, args.ratio, places, macs)
     if args.pretrained:
         load_pretrained(model, args.pretrained, network)
     phases = dict(pretrain=args.pretrain_epochs, admm=args.admm_epochs, finetune=args.finetune_epochs)
@@ -373,7 +375,7 @@ def main(argv=None):
     ranks = run.compute_once("ranks", save_dense_and_choose_ranks)                   # [D]
 
     # Phase 2: ADMM pulls the dense weights towards those ranks. [E] moves W to Z - U with a time constant of
-    # (1 - momentum) / (lr rho) steps, at first a third of an epoch. At a low first rate U would grow instead.
+    # (1 - momentum) / (lr rho) steps, at first a third of an epoch. The rate only falls: else U grows first.
     rho = args.rho or min(1, 3 * (1 - args.momentum) / data.steps(args.batch_size)) / args.admm_lr
     admm = ADMM(layers, ranks, rho, args.hooi)
     optimizer, schedule = make_optimizer(model, args.admm_lr, args.admm_epochs, data, args, rise=0.0)
@@ -391,8 +393,7 @@ def main(argv=None):
         count = min(200, data.steps(args.batch_size))
         reestimate_batchnorm_(model, data.batches(args.batch_size, run.generator), count)
         # PGD needs fixed statistics, and the model's change here: so a copy with the clean ones is attacked.
-        source = prepare(copy.deepcopy(model.cpu()), args).eval()
-        model.to(args.device)
+        source = copy.deepcopy(model).eval()
         reestimate_batchnorm_(model, ((pgd(source, x, y, args.epsilon, args.step_size, args.num_steps), y)
                                       for x, y in data.batches(args.batch_size, run.generator)), count)
     optimizer, schedule = make_optimizer(model, args.finetune_lr, args.finetune_epochs, data, args)

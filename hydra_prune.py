@@ -18,7 +18,7 @@ whatever the objective; HYDRA lets the objective decide, by training importance 
   [H]  CROWN-IBP: margins as linear functions of x, each ReLU between two lines over its interval of [G]
   [I]  symbolic intervals: like [H], but both lines of slope u / (u - l), and l and u from such lines too
   [J]  crown-ibp  CE of the logits -lower(f_y - f_j), lower = share [H] + (1 - share) [G]; in [A] share falls
-                  from 1 to 0 while the radius grows, so that [D] and [E] use [G] alone
+                  from 1 to --final-share (0) while the radius grows; [D] and [E] keep that
   [K]  mixtrain   CE(f(x), y) + b mix CE of -lower by [I] of --mix-images images, b = 1 with probability 0.8,
                   else 0;  mix = min(50, 0.1 * 2.5^floor(t / 5)), t: the phase's epochs at full radius
   [L]  smooth     CE(f(x), y) + beta KL(p(x) || p(x + sigma N(0, 1)))
@@ -31,12 +31,14 @@ Sources
 * [F]: Zhang et al. 2019 (TRADES). [H], [J]: Zhang et al. 2020, whose setting for CIFAR-10, 2/255, keeps share
   1. [I], [K]: Wang et al. 2018 (MixTrain). [L]: Carmon et al. 2019, with its certificate (Cohen et al. 2019)
   in tools/evaluate.py.
-* Ours: the default pgd, Nesterov's momentum, weight decay (theirs: 1e-4), boxes clamped to [0, 1] (theirs: to
-  the batch's least and largest pixel, which can verify what is not robust), schedules (in [K] too the radius
-  grows by steps), the last epoch's network (theirs: the best on the test set), the best of all bounds, no
-  weight decay on s, [D]'s epochs added to LWM's fine-tuning, torch's initial values of w.
-* Ours too, --scheme filter: one score per filter, whose m multiplies its batch norm (fixed in [D], as w is)
-  or, without one of its own, its weights; m is small instead of 0 in [D]: gradients still pass its ReLU.
+* Ours: the default pgd, 8/255 in steps of 2/255 (theirs: 0.031, 0.0078) and 2/255 in bounds (theirs: 0.007),
+  Nesterov's momentum, weight decay (theirs: 1e-4), boxes clamped to [0, 1] (theirs: to the batch's least and
+  largest pixel, which can verify what is not robust), schedules (in [K] too the radius grows by steps), the
+  last epoch's network (theirs: the best on the test set), the best of all bounds, no weight decay on s, [D]'s
+  epochs added to LWM's fine-tuning, torch's initial values of w.
+* Ours too, --scheme filter: one score per filter, at first its norm over the layer's largest; m multiplies
+  its batch norm (fixed in [D], as w is) or, without one of its own, its weights, and is small instead of 0 in
+  [D]: gradients still pass its ReLU.
 
   python hydra_prune.py --dataset digits               one or two minutes of a CPU core, offline
   python hydra_prune.py --arch vgg16 --ratio 10        CIFAR-10, for a GPU; the first paper: --scores lwm;
@@ -52,7 +54,6 @@ import copy
 import functools
 import itertools
 import math
-import shlex
 
 import torch
 import torch.distributed as dist
@@ -162,7 +163,7 @@ class Scores(nn.Module):
     """[D] Importance scores s of all weights, or of all filters, and the unmasked values w, both in its
     state. The network itself holds w * m(s), so that attacks, losses and bounds are those of the pruned one.
     Of a filter, m multiplies the weight and bias of its batch norm, and is 0.001 where pruned; without one it
-    multiplies its own, and is 1e-6: a batch norm on a sum would amplify a channel that all writers lost."""
+    multiplies its own, and is 1e-6: too small for a batch norm on the sum (eps 1e-5) to amplify again."""
     def __init__(self, model, scheme, ratio):
         super().__init__()
         self.ratio, self.layers, self.carriers = ratio, prunable(model, scheme), []
@@ -240,19 +241,13 @@ def interval_boxes(layers, x, epsilon):
     return boxes
 
 
-def margin_rows(last, y):
-    """Weights (N, K, F) and biases (N, K) of the margins f_y - f_j for all classes j, of a linear layer."""
-    bias = last.weight.new_zeros(len(last.weight)) if last.bias is None else last.bias
-    return last.weight[y][:, None] - last.weight, bias[y][:, None] - bias
-
-
-def linear_bounds(layers, boxes, a, d, slope, corner=()):
-    """[H] Lower bounds (N, K) of d + <a, f(x)> over the box boxes[0], f being `layers`, and upper ones, which
-    hold for slope "line" alone. From the last layer back, a (N or 1, K, ...) and d become those of its input.
+def linear_bounds(layers, boxes, a, slope, corner=()):
+    """[H] Lower bounds (N, K) of <a, f(x)> over the box boxes[0], f being `layers`, and upper ones, which
+    hold for slope "line" alone. From the last layer back, a (N or 1, K, ...) becomes that of its input.
     A ReLU on l < 0 < u lies between slope * z and line * z + offset, line = u / (u - l), offset = -line * l;
     slope: "half", 1 if line > 1/2, else 0; "zero", 0 (never below [G]); "line", as the upper one: [I].
     Of a feature map, a may be a window, outside which it is zero; `corner` is where that begins."""
-    gap = 0                                                          # from lower to upper bounds
+    d = gap = 0                                                      # gap: from lower to upper bounds
     def window(box):
         spans = (slice(first, first + n) for first, n in zip(corner, a.shape[3:]))
         return box[(..., *spans)]
@@ -267,7 +262,7 @@ def linear_bounds(layers, boxes, a, d, slope, corner=()):
         elif isinstance(layer, nn.Conv2d):
             back = F.conv_transpose2d(a.flatten(0, 1), layer.weight, None, layer.stride, 0, 0, layer.groups,
                                       layer.dilation)                # with the padding, cut off below
-            first = [c * s - p for c, s, p in zip(corner, layer.stride, layer.padding)]
+            first = [c * s - p for c, s, p in zip(corner, layer.stride, layer.padding)]      # < 0: padding
             spans = (slice(max(0, -i), max(0, n - i)) for i, n in zip(first, lower.shape[2:]))
             a, corner = back.unflatten(0, a.shape[:2])[(..., *spans)], [max(0, i) for i in first]
         else:
@@ -288,14 +283,14 @@ def linear_bounds(layers, boxes, a, d, slope, corner=()):
 
 def margins(layers, boxes, y, slope=None):
     """Lower bounds (N, K) of f_y - f_j: [H]; without slope [G], from the box before the last layer alone."""
-    first = -1 if slope is None else 0
-    return linear_bounds(layers[first:-1], boxes[first:], *margin_rows(layers[-1], y), slope)[0]
+    first, eye = -1 if slope is None else 0, boxes[0][0].new_ones(layers[-1].out_features).diag()
+    return linear_bounds(layers[first:], boxes[first:], eye[y][:, None] - eye, slope)[0]
 
 
 def symbolic_margins(layers, boxes, y, room=None):
     """[I] Lower bounds (N, K) of f_y - f_j, after bounds of all units before ReLUs, of a few units at a time:
     tensors hold about `room` numbers. Units of a feature map go by squares, because close ones see few
-    pixels. Passing symbols of pixels and ReLUs forward gives the same."""
+    pixels. MixTrain's code goes forward, with a symbol a pixel and ReLU: the bounds are the same."""
     room, side = (room or 2**25, 8) if y.is_cuda else (room or 2**22, 2)     # a GPU wants few, large tensors
     boxes, some = list(boxes), max(1, room // max(lower.numel() for lower, _ in boxes))
     for i, layer in enumerate(layers[:-1]):
@@ -308,7 +303,7 @@ def symbolic_margins(layers, boxes, y, room=None):
                 square = units[(slice(None), *(slice(first, first + side) for first in corner))]
                 for part in square.flatten().split(some):
                     a = (part[:, None] == square.flatten()).to(boxes[i][0]).view(1, -1, *square.shape)
-                    ends.append((part, *bound(layers[:i], boxes[:i], a, 0, "line", corner)))
+                    ends.append((part, *bound(layers[:i], boxes[:i], a, "line", corner)))
             part, *ends = (torch.cat(end, -1) for end in zip(*ends))
             boxes[i] = [end[:, part.argsort()].view(-1, *shape) for end in ends]
     return margins(layers, boxes, y, "line")
@@ -329,7 +324,7 @@ def verify(model, images, epsilon, robust):
         layers = plain_layers(exact)
     except Fault:
         return {}
-    verified, many = torch.zeros_like(robust), max(1, 500 // layers[-1].out_features)    # [H]: all classes
+    verified, many = torch.zeros_like(robust), max(1, 500 // layers[-1].out_features)     # 500 margins
     with evaluating(exact):
         for bound, among, size in ((cheap_margins, torch.ones_like(robust), many),
                                    (symbolic_margins, robust, 8)):
@@ -441,12 +436,12 @@ def main(argv=None):
     run = Run(args, data, __file__, phases, argv)
     if run.result:
         return run.result
-    adam = args.objective in BOUNDED                                 # as in HYDRA's code
-    model = prepare(model, args, tf32=not adam)                      # bounds need all digits
+    bounded = args.objective in BOUNDED                              # Adam, as in HYDRA's code; no TF32
+    model = prepare(model, args, tf32=not bounded)
     steps = data.steps(args.batch_size)
 
     # Phase 1: a dense robust network; the radius grows in its first epochs, step by step.
-    optimizer, schedule = make_optimizer(model, args.lr, phases["pretrain"], data, args, adam)
+    optimizer, schedule = make_optimizer(model, args.lr, phases["pretrain"], data, args, bounded)
     for epoch in run.epochs("pretrain", model=model, optimizer=optimizer, schedule=schedule):
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, t=epoch - args.ramp_epochs,
                              strength_at=lambda i: ramp(epoch * steps + i, args.ramp_epochs * steps))
@@ -455,12 +450,12 @@ def main(argv=None):
     run.compute_once("dense", lambda: save_model(dense, run.script, "dense", network, model, args))
 
     # Phase 2: HYDRA trains the scores, and with them the batch norms that no score masks; LWM trains nothing.
-    scores = Scores(model, args.scheme, args.ratio).to(args.device)              # [C]
+    scores = Scores(model, args.scheme, args.ratio)                  # [C]
     lwm_masks = run.compute_once("lowest", lambda: {n: mask.cpu() for n, mask in scores.masks().items()})
     if phases["prune"] and not run.saved:
         scores.mask_weights_()
-    norms = nn.ModuleList(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
-    optimizer, schedule = make_optimizer(norms, args.prune_lr, phases["prune"], data, args, adam, scores.s)
+    norms = nn.ModuleList(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))   # masked: no .grad
+    optimizer, schedule = make_optimizer(norms, args.prune_lr, phases["prune"], data, args, bounded, scores.s)
 
     def mask_changed():
         moved = [(mask.cpu() ^ lwm_masks[name]).sum() for name, mask in scores.masks().items()]
@@ -479,19 +474,15 @@ def main(argv=None):
     kept = {name: int(mask.sum()) for name, mask in masks.items() if name.endswith("weight")}
     if args.scheme == "filter":
         model, masks = remove_filters_(model, masks)
-    model = prepare(model, args, tf32=not adam)
+    model = prepare(model, args, tf32=not bounded)
     masks = {name: mask for name, mask in masks.items() if not mask.all()}
-    optimizer, schedule = make_optimizer(model, args.finetune_lr, phases["finetune"], data, args, adam)
+    optimizer, schedule = make_optimizer(model, args.finetune_lr, phases["finetune"], data, args, bounded)
     for epoch in run.epochs("finetune", model=model, optimizer=optimizer, schedule=schedule):
         fields = train_epoch(model, run.batches(), optimizer, schedule, args, masks=masks, t=epoch)
         run.log(epoch=epoch + 1, **fields)
     save_model(run.folder / "model.pt", run.script, "compact", network, model, args)
-    result = run.finish(lambda model, robust: verify(model, data.test, args.epsilon, robust), kept=kept,
-                        mask_changed=changed)
-    if args.objective == "smooth":
-        print("certify it by:", shlex.join(["python", "tools/evaluate.py", f"{run.folder}/model.pt",
-                                            "--data-dir", args.data_dir, "--smoothing", f"{args.sigma:g}"]))
-    return result
+    return run.finish(lambda model, robust: verify(model, data.test, args.epsilon, robust), kept=kept,
+                      mask_changed=changed)
 
 
 if __name__ == "__main__":

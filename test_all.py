@@ -698,6 +698,12 @@ def test_evaluate_takes_bytes_as_labels_and_refuses_what_is_no_image_label_or_nu
                   (x, y.float()), (x, y > 4)):
         for judge in (common.evaluate, common.sanity_flags):
             fails(1, "uint8|10 classes", judge, model, wrong, **SETTINGS)
+    for wrong in (dict(restarts=0), dict(losses=[]), dict(losses="ce")):         # nothing would be attacked
+        fails(1, "needs a restart and", common.evaluate, model, images, **SETTINGS, **wrong)
+    for wrong in (lambda f, x: f(x)[:, 0], lambda f, x: (f(x),)):
+        fails(1, "logits, a tensor", common.evaluate, Wrapped(robust, wrong), images, **SETTINGS)
+    for epsilon in (8, -0.1, math.nan):
+        fails(1, "write 8 / 255", common.pgd, model, common.to_float(x), y, epsilon, 0.1, 1)
     for pixel in (math.nan, -0.01, 255.0):
         x_wrong = common.to_float(x)
         x_wrong[3, 0, 2, 2] = pixel
@@ -781,6 +787,8 @@ def test_cstar_ranks_are_near_an_exhaustive_search():
 def test_cstar_ranks_of_odd_layers_and_by_one_fraction_of_all():
     chain = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3), nn.Linear(4, 10)
     assert [*cstar.factorisable(nn.Sequential(*chain))] == ["2"]     # not the first, the last, nor groups
+    attention = nn.Sequential(chain[0], nn.MultiheadAttention(4, 1), chain[3])       # it reads the weight
+    fails(2, "nothing can be factorised", cstar.budget_of, attention, 2)
     empty = dict(a=torch.zeros(6, 5, 3, 3), b=conv_weight(6, 5, 3, 3))
     assert cstar.choose_ranks(empty, 290) == dict(a=(1, 1), b=None)
     weights = dict(a=conv_weight(40, 60, 3, 3), b=conv_weight(100, 20))
@@ -825,7 +833,7 @@ def test_cstar_budget_is_exact_and_ranks_never_grow_with_the_ratio(arch, width, 
     monkeypatch.setattr(cstar, "rank_path", lambda *_: path)     # it is the same for all ratios
     for ratio in (2, 3, 4, 8, 16, 32, 48, 64):
         try:
-            left = cstar.budget_of(model, ratio, places)
+            left = cstar.budget_of(model, ratio, places, total if places else 0)
         except common.UsageFault:
             assert before and (ratio > 4 or places)
             break
@@ -1006,9 +1014,12 @@ def test_filters_cut_from_a_pretrained_network_leave_nothing_in_a_residual_strea
 
 def test_resized_layers_keep_what_is_no_size():
     layer = nn.Conv2d(4, 6, 3, 2, 2, dilation=2, padding_mode="circular", bias=False)
-    small = common.resize_(nn.Sequential(layer), {"0.weight": torch.ones(3, 4, 3, 3)})[0]
+    small = common.resize_(nn.Sequential(copy.deepcopy(layer)), {"0.weight": torch.ones(3, 2, 3, 3)})[0]
     for name in ("stride", "padding", "dilation", "padding_mode", "bias"):
         assert getattr(small, name) == getattr(layer, name)
+    assert str(small) == str(nn.Conv2d(2, 3, 3, 2, 2, dilation=2, padding_mode="circular", bias=False))
+    assert (small(x := torch.rand(1, 2, 9, 9)) == F.conv2d(F.pad(x, (2,) * 4, mode="circular"), torch.ones(
+        3, 2, 3, 3), stride=2, dilation=2)).all()
 
 
 def test_filters_of_layers_without_a_mask_stay():
@@ -1084,11 +1095,8 @@ def test_pruning_keeps_its_count_in_every_layer_and_writes_a_smaller_file(
         assert radii == [result["args"]["epsilon"]] * 2          # of the dense network and of the compact one
         assert 0 <= result["verified_acc"] <= result["robust_acc"] <= result["clean_acc"]
         assert result["verified_ci"] == common.interval(result["verified_acc"], 40)
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert ("tools/evaluate.py" in last) == ("train_noisy_acc" in log_of(run)[-2]) == (objective == "smooth")
-    if objective == "smooth":                                    # the command that certifies
-        args = judges.get_args(shlex.split(last.partition(": ")[2])[2:])
-        assert (args.model, args.data_dir, args.smoothing) == (f"{run}/model.pt", "some", 0.5)
+    assert ("train_noisy_acc" in log_of(run)[-2]) == (objective == "smooth")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("phase:final clean_acc:")
 
 
 def phases_of(folder, script=cstar):
@@ -1983,6 +1991,9 @@ def test_a_result_reports_what_is_of_the_compact_network_which_keeps_a_budget_of
         clean_acc=float(count(model)), robust_acc=count(model) / 2))
     monkeypatch.setattr(common, "sanity_flags", lambda model, *_, **more: [str(count(model))])
     monkeypatch.setattr(common, "latency", lambda *_: [2.0, 1.0])
+    monkeypatch.setitem(common.NETWORKS, "fork", lambda *_: Fork(
+        lambda net, h, x: net.layers[0](h), nn.ConvTranspose2d(4, 4, 2, 2)))         # it stays, and counts
+    fails(2, r"1.4 is not from 1 to 1\.2", tiny, tmp_path / "fork", "--arch fork --budget macs --ratio 1.4")
     found = tiny(tmp_path, UNTRAINED, "--budget macs --ratio 2 --width 4", evaluate=True)
     (artifact, compact), (_, dense) = (
         common.read_model(tmp_path / name) for name in ("model.pt", "dense.pt"))
@@ -2001,6 +2012,9 @@ def test_a_result_reports_what_is_of_the_compact_network_which_keeps_a_budget_of
     assert 2 * found["macs"] <= found["dense_macs"] < 2.08 * found["macs"]
     assert found["nonzeros"] == sum(int(p.count_nonzero()) for p in compact.parameters())
     assert found["train_images"] == 128 and 2**27 < (found["memory_bytes"] or 2**28) < 2**40
+    if sys.platform == "linux":                                  # whose getrusage() passes on a parent's
+        monkeypatch.setattr("resource.getrusage", lambda _: Mock(ru_maxrss=2**40))
+        assert common.peak_memory() < 2**40
 
 
 def test_a_runs_seed_is_that_of_its_weights_its_batches_and_its_evaluation(tmp_path, monkeypatch):
@@ -2087,6 +2101,13 @@ def test_resume_of_a_finished_run_prints_its_result_or_evaluates_otherwise(finis
             patch.setattr(cstar, "load_data", lambda args: (
                 data := common.load_data(args), data.train[part].copy_(data.train[part].flip(0)))[0])
             fails(2, "other training images or labels", tiny, run, "--resume")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(BrokenPipeError):
+        patch.setattr(common, "print", lambda *words, file=sys.stdout, **more: print(
+            *words, file=closed if words[0] == "phase:final" else file, **more), raising=False)
+        closed = Mock(write=Mock(side_effect=BrokenPipeError))
+        tiny(run, "--resume", evaluate=True)                     # the result is in its file before it is told
+    assert log_of(run)[-1]["phase"] == "final" and (run / "result.json").is_file()
+    (run / "result.json").unlink()
     last = torch.load(run / "last.pt", weights_only=True)        # the log's last lines had been lost
     torch.save(last | dict(log_size=10**30), run / "last.pt")
     result = tiny(run, "--restarts 3 --eval-steps 4 --resume", evaluate=True)
@@ -2325,6 +2346,8 @@ def test_whatever_ends_a_program_is_one_line(tmp_path, monkeypatch):
         with pytest.raises(torch.OutOfMemoryError):              # this process's own, not the other's
             common.sync(Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
         common.sync(Mock(side_effect=RuntimeError("NCCL error in: a.cpp:1\nLast error:\nCuda failure 2")))
+    for place in ("/src/Loss.cpp:12, ", "[/src/pair.cc:545] ", "[enforce fail at x.cc:9] . "):
+        assert common.first_line(RuntimeError(f"{place}wrong")) == "wrong"
     unreachable = Mock(side_effect=OSError("Network is unreachable"))
     monkeypatch.setattr(pytest.importorskip("torchvision.datasets"), "CIFAR10", unreachable)
     ends(1, "unreachable.*--dataset digits", cstar.main, "--data-dir", tmp_path)
@@ -2339,7 +2362,7 @@ REFUSED = {                                                      # {script: {sai
         "5 is not": "--train-images 5", "3 is more": "--ramp-epochs 3 --pretrained x.pt",
         "is none of": "--device cuda:77, --device gpu", "no file nowhere.pt": "--pretrained nowhere.pt",
         "not with --pretrained": "--pretrain-epochs 3 --pretrained x.pt", "1 numbers each": "--mean 0.5",
-        "names no file": "--pretrained ''", "colour images": "--arch imagenet_resnet18",
+        "names no file": "--pretrained '', --output ''", "colour images": "--arch imagenet_resnet18",
         "mydata.*--epsilon": "--dataset mydata", "no folder": "--dataset mydata --epsilon 8/255",
         "does nothing": "--rho 1 --admm-epochs 0, --admm-lr 1 --admm-epochs 0, "
                         "--finetune-lr 1 --finetune-epochs 0"},
@@ -2682,8 +2705,9 @@ def test_compare_names_rows_as_a_person_does(finished, tmp_path, capsys, monkeyp
     for i, amp in enumerate((True, False)):                      # of one seed: two rows
         write_run(f"amp{i}", result, args=dict(amp=amp))
     assert labels("amp*") >= {"low rank, 4x, ADMM, amp=False", "low rank, 4x, ADMM, amp=True"}
-    write_run("fork", result, script="mine")
-    assert labels("fork") == {"mine, low rank, 4x, ADMM", "dense"}
+    other = {k: v for k, v in args.items() if k != "admm_epochs"} | dict(distill_epochs=3, rank_rule="energy")
+    write_run("fork", result | dict(args=other), script="mine")
+    assert labels("fork") == {"mine, low rank, energy ranks, 4x, ADMM", "dense"}
     # Added are flags that differ and the attack's losses; all, where names are equal.
     other = result["attack"] | dict(losses=["margin"])
     write_run("other", result, args=dict(momentum=0.5, width=2), dense=dict(clean_acc=1.0))
@@ -3026,7 +3050,8 @@ def test_two_processes_resume_bit_for_bit_and_one_goes_on_where_they_stopped(tmp
     assert json.loads((tmp_path / "run/result.json").read_text())["processes"] == 2
     tiny(tmp_path / "one", "--resume")
     whole, run, one = (log_of(tmp_path / name) for name in ("whole", "run", "one"))
-    assert (len(whole), len(run), len(one)) == (8, 9, 8) and run[:3] == one[:3]
+    assert (len(whole), len(run), len(one)) == (8, 9, 9) and run[:3] == one[:3]
+    assert one[3]["processes"] == 1 and "note" in one[3]         # what result.json has is not of all epochs
 
 
 def refuse(folder):

@@ -191,7 +191,8 @@ def bench_inference(args, device):
     places = cstar.positions(dense, network)
     for name, rule, cost in (("hull", "hull", None), ("macs", "hull", places), ("uniform", "uniform", None)):
         with contextlib.suppress(UsageFault):
-            ranks = cstar.choose_ranks(weights, cstar.budget_of(dense, 16, cost), rule, cost)
+            budget = cstar.budget_of(dense, 16, cost, count_macs(dense, network) if cost else 0)
+            ranks = cstar.choose_ranks(weights, budget, rule, cost)
             models[f"cstar {name}"] = cstar.factorise_(copy.deepcopy(dense), ranks).eval()
     if args.width % 4 == 0 and not args.arch.startswith("imagenet_"):
         models["filters"] = build_network(args.arch, args.width // 4, 3, 10, (32, 32)).eval()
@@ -219,6 +220,8 @@ def by_onnx(model, x):
 def bench_files(paths, device, with_compile):
     """Milliseconds a forward pass of saved networks, float32, by {batch: {form: {file: ms}}}, and for the
     files after the first how many times they are as fast. All files of a form take turns."""
+    if len(set(paths)) < len(paths):
+        raise UsageFault("argument --models: a file is named twice")
     artifacts, models = zip(*map(read_model, paths))
     network, result = artifacts[0]["network"], {}
     for path, artifact in zip(paths, artifacts):

@@ -47,11 +47,10 @@ SCORES = {"lwm": "lowest magnitudes", "hydra": "HYDRA scores"}
 OF_SEED = {"seed", "pretrained", "ticket"}                       # flags that may differ with the seed
 UNREAD = dict.fromkeys(("crown-ibp", "mixtrain"), {"momentum", "step_size", "num_steps"})    # by objective
 ADDED = {"binary_relax": dict(finetune_lr=None), "admm_prune": dict(admm_rise=0.2)}      # not in old results
-FIRST_PHASE = {"admm_epochs", "prune_epochs", "relax_epochs"}
-UNSAID = FIRST_PHASE | {                                         # flags in words, or that follow from others
+UNSAID = {                                                       # flags in words, or that follow from others
     "script", "ratio", "bits", "budget", "rank_rule", "scheme", "group_residual", "mode", "target_width",
-    "scores", "objective", "method", "finetune_epochs", "admm_lr", "prune_lr", "relax_lr", "finetune_lr",
-    "admm_rise", "step_size", "amp"}
+    "scores", "objective", "method", "admm_epochs", "prune_epochs", "relax_epochs", "finetune_epochs",
+    "admm_lr", "prune_lr", "relax_lr", "finetune_lr", "admm_rise", "step_size", "amp"}
 OF_TRAINING = {                                                  # flags of the run that trained a network
     "script", "train_images", "pretrain_epochs", "batch_size", "lr", "amp", "momentum", "weight_decay",
     "step_size", "num_steps", "ramp_epochs", "objective", "beta", "sigma", "final_share", "mix_images",
@@ -162,10 +161,16 @@ def same_but_seed(patterns, base):
 
 # ---------------------------------------------------------------- what a row is called
 
+def epochs_of_method(args):
+    """The epochs of the phase that each script, or a fork, names after its paper."""
+    others = {"pretrain_epochs", "finetune_epochs", "ramp_epochs"}
+    return sum(n for k, n in args.items() if k.endswith("_epochs") and k not in others)
+
+
 def method_of(run):
     """In words: what is compressed (with the name of a fork), how far, and how. Each may be empty."""
     args, mode, fork = run["args"], run["args"].get("mode"), run["script"] * (run["script"] not in SCRIPTS)
-    first, last = sum(args[k] for k in FIRST_PHASE & set(args)), args["finetune_epochs"]
+    first, last = epochs_of_method(args), args["finetune_epochs"]
     if args.get("bits") == 32:
         return fork, "float", f"{first + last} more epochs"
     if "bits" in args:
@@ -177,7 +182,8 @@ def method_of(run):
         first, last = 0, first + last
     scheme, scores, objective = (args.get(k, "") for k in ("scheme", "scores", "objective"))
     what = SCHEMES.get(scheme, "low rank" if "rank_rule" in args else scheme)
-    what += ", uniform ranks" * (args.get("rank_rule") == "uniform")
+    rule = args.get("rank_rule", "hull")
+    what += f", {rule} ranks" * (rule != "hull")
     what += ", grouped" * bool(args.get("group_residual"))
     far = f"{args['ratio']:g}x" if args.get("ratio") else ""
     far += " fewer MACs" * (args.get("budget") == "macs")
@@ -207,7 +213,7 @@ def labels_of(rows):
             del f["width"]                                       # the words say it
         args = run["args"]
         if "finetune" in run["seconds"] and method[1] != "float" and args.get("mode") != "ticket":
-            f["epochs"] = str(args["finetune_epochs"] + sum(args[k] for k in FIRST_PHASE & set(args)))
+            f["epochs"] = str(args["finetune_epochs"] + epochs_of_method(args))
     labels = named([", ".join(filter(None, method)) for method in methods], flags, UNSAID)
     for label in {label for label in labels if labels.count(label) > 1}:
         alike = [i for i, other in enumerate(labels) if other == label]
