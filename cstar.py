@@ -393,7 +393,8 @@ def main(argv=None):
         count = min(200, data.steps(args.batch_size))
         reestimate_batchnorm_(model, data.batches(args.batch_size, run.generator), count)
         # PGD needs fixed statistics, and the model's change here: so a copy with the clean ones is attacked.
-        source = copy.deepcopy(model).eval()
+        source = prepare(copy.deepcopy(model.cpu()), args).eval()
+        model.to(args.device)
         reestimate_batchnorm_(model, ((pgd(source, x, y, args.epsilon, args.step_size, args.num_steps), y)
                                       for x, y in data.batches(args.batch_size, run.generator)), count)
     optimizer, schedule = make_optimizer(model, args.finetune_lr, args.finetune_epochs, data, args)
