@@ -87,7 +87,8 @@ def get_args(argv=None):
     paper.add_argument("--ratio", type=number(1, 10000), default=10.0,
                        help="units, all / kept in each layer (default: 10)")
     paper.add_argument("--prune-epochs", type=whole(0, 10000), help="of [D]; lwm adds them to fine-tuning")
-    paper.add_argument("--prune-lr", type=rate, help="of the scores (default: --lr; theirs, by bounds: 1e-5)")
+    paper.add_argument("--prune-lr", type=rate, help="of the scores (default: --lr; by bounds theirs is "
+                       "1e-5, which does better on mnist)")
     paper.add_argument("--finetune-lr", type=rate, help="of fine-tuning (default: --lr)")
     paper.add_argument("--beta", type=number(0, 1000), help="of [F] and [L] (default: 6)")
     paper.add_argument("--final-share", type=number(0, 1), help="of CROWN-IBP in [J], from 1 (default: 0)")
