@@ -1415,7 +1415,7 @@ class Run:
         if self.saved:
             print(f"continuing {self.folder} after epoch {self.saved['epoch']} of {self.saved['phase']}")
             if changed:
-                self.log(note="continued with others of these than it had", **changed)
+                self.log(note="continued with these changed", **changed)
         else:
             if args.resume:
                 print(f"nothing to continue in {self.folder}, so this begins")

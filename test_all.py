@@ -285,6 +285,8 @@ def test_data_class_folders_are_their_pixels_whatever_lies_beside_them(tmp_path,
     if mode == "RGB":
         Image.fromarray(pixels[..., 0]).save(zoo / "train/ant/0.png")
         first.train[0][0] = torch.from_numpy(pixels[..., 0].copy())
+    else:                                                        # grey with an alpha channel is grey
+        Image.open(zoo / "train/ant/0.png").convert("LA").save(zoo / "train/ant/0.png")
     shutil.copytree(zoo / "train", zoo / "val")                  # beside a test it is not looked at
     assert torch.equal(common.load_data(args).test[0], first.test[0])
     args.dataset = zoo.rename(tmp_path / "mnist").name
@@ -2341,6 +2343,16 @@ def test_whatever_ends_a_program_is_one_line(tmp_path, monkeypatch):
         common.cli(Mock(side_effect=BrokenPipeError))
     assert stop.value.code == 141 and closed.called
     signal.signal(signal.SIGTERM, before)
+    unread = Mock(flush=Mock(side_effect=BrokenPipeError))       # or it ends before the last lines are out
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(os, "dup2", Mock())
+        with contextlib.redirect_stdout(unread):
+            common.cli(lambda: None)
+    assert stop.value.code == 141
+    signal.signal(signal.SIGTERM, before)
+    with pytest.raises(TypeError, match="JSON"):                 # a fork's, before the evaluation
+        common.Run.finish(Mock(), mine=torch.ones(2))
+    assert common.Parser(None).description == ""                 # a fork without a docstring
     with monkeypatch.context() as two, pytest.raises(common.Fault, match="reach .Cuda failure 2"):
         two.setattr(common, "world", lambda: 2)
         with pytest.raises(torch.OutOfMemoryError):              # this process's own, not the other's
@@ -2846,6 +2858,7 @@ def test_bench_times_saved_networks_and_onnx_runtime_computes_what_they_are(tmp_
         assert ratio == round(ms[str(file)] / ms[str(twin)], 2)
     assert torch.allclose(bench.by_onnx(model, x := torch.rand(3, 1, 16, 16))(x), model(x), atol=1e-5)
     ends(2, "takes other images than", bench.main, "--models", file, SHIPPED / "model.pt")
+    ends(2, "named twice", bench.main, "--models", file, file)
     normed = common.build_network(**network, mean=[0.4], std=[0.2]).eval()
     assert torch.allclose(bench.folded(normed)(x), normed(x), atol=1e-5)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
